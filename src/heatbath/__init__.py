@@ -1,0 +1,1 @@
+"""heatbath warm-starts reinforcement learning of language models, runs the RL, and measures whether it helped."""

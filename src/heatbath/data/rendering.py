@@ -1,0 +1,83 @@
+"""Messages to token ids and supervised mask, through the model's own chat template, in this one place.
+
+Training, RL and evaluation all call `prompt_ids`, so a model is never asked in another form than it was taught in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from heatbath.data.rows import Row
+from heatbath.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One demonstration: ids, and labels equal to them where supervised (solution and EOS), -100 elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+    truncated: bool
+
+    @property
+    def supervised(self) -> int:
+        return sum(label != IGNORE for label in self.labels)
+
+
+def messages(row: Row, system: str | None = None) -> list[dict[str, str]]:
+    """The conversation up to and including the question."""
+    head = [{"role": "system", "content": system}] if system else []
+    return [*head, {"role": "user", "content": row.question}]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]]) -> list[int]:
+    """Ids of a conversation that the assistant is about to answer."""
+    return _ids(tokenizer, conversation, add_generation_prompt=True)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, row: Row, *, system: str | None = None, max_length: int | None = None
+) -> Rendered:
+    """Ids and labels of a demonstration, cut on the right at `max_length` tokens.
+
+    The supervised part is what the template adds after the prompt, up to the first EOS, which is always included;
+    nothing is masked by token id, so a pad token equal to EOS (SmolLM2) cannot hide it. Raises DataError when the
+    template renders the prompt differently once the answer follows, because the boundary would then be a guess.
+    """
+    if row.solution is None:
+        raise DataError("a demonstration without a solution", f"question {row.question[:80]!r}", "give it a solution")
+    conversation = messages(row, system)
+    prompt = prompt_ids(tokenizer, conversation)
+    full = _ids(tokenizer, [*conversation, {"role": "assistant", "content": row.solution}])
+    if full[: len(prompt)] != prompt:
+        raise DataError(
+            "the chat template renders the prompt differently when an answer follows it",
+            f"question {row.question[:80]!r}",
+            "use a template whose generation prompt is a prefix of the whole conversation",
+        )
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise DataError("the tokenizer has no EOS token", "model", "set tokenizer.eos_token and save it with the model")
+    completion = full[len(prompt) :]
+    completion = completion[: completion.index(eos) + 1] if eos in completion else [*completion, eos]
+    ids = prompt + completion
+    labels = [IGNORE] * len(prompt) + completion
+    cut = max_length is not None and len(ids) > max_length
+    return Rendered(ids[:max_length], labels[:max_length], truncated=cut)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], **kwargs: Any) -> list[int]:
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the model's tokenizer has no chat template",
+            "model",
+            "use a model that ships one, or set tokenizer.chat_template and save the tokenizer with the model",
+        )
+    encoded = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True, **kwargs)
+    return list(encoded["input_ids"])

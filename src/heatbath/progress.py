@@ -1,0 +1,44 @@
+"""What a person sees while a run works: a bar on a terminal, sparse lines elsewhere; always on stderr."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """One bar at a time. `quiet` shows nothing (for `--json` and tests)."""
+
+    def __init__(self, *, quiet: bool = False):
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._bar: Bar | None = None
+        self._title, self._total, self._done, self._said = "", 0, 0, 0.0
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def start(self, title: str, total: int) -> None:
+        self._title, self._total, self._done, self._said = title, total, 0, time.monotonic()
+        if self.console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            self._bar = Bar(TextColumn("{task.description}"), *columns, console=self.console, transient=True)
+            self._bar.start()
+            self._bar.add_task(title, total=total)
+        else:
+            self.say(title)
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self._done += steps
+        if self._bar is not None:
+            self._bar.update(self._bar.tasks[0].id, completed=self._done, description=f"{self._title} {note}")
+        elif time.monotonic() - self._said > 20 or self._done >= self._total:
+            self.say(f"  {self._done}/{self._total} {note}")
+            self._said = time.monotonic()
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

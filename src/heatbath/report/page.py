@@ -1,0 +1,2 @@
+from heatbath.run import Run
+def write_report(run): return {}

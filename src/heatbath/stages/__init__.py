@@ -1,0 +1,1 @@
+"""Stages read top to bottom: what a run does, in order."""

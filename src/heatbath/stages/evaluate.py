@@ -1,0 +1,145 @@
+"""Evaluation: samples of every test problem from every policy of the run, graded, with intervals.
+
+Each sample is kept in samples.jsonl with its verdict; results.json holds the estimates and the paired differences.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from heatbath import models
+from heatbath.data import rendering, sources
+from heatbath.data.rows import Row
+from heatbath.engines import local
+from heatbath.errors import DataError
+from heatbath.ideas.passk import Estimate, mean_with_interval, paired_difference, pass_at_k
+from heatbath.progress import Progress
+from heatbath.recipe import Recipe
+from heatbath.run import Run
+from heatbath.verify.math import MathGrader
+from heatbath.verify.verdict import JUDGED
+
+
+def run_evaluation(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    """Samples what is still missing of the run's policies, grades it, and returns the content of results.json."""
+    test = sources.load(recipe.data, recipe.seed).test
+    if not test:
+        raise DataError("no test problems", "data.test", "evaluation needs at least one")
+    wanted = len(test) * recipe.eval.samples
+    with MathGrader(workers=recipe.reward.workers, deadline=recipe.reward.deadline) as grader:
+        for policy in run.policies:
+            if len(run.samples(policy)) == wanted or (policy != "base" and not run.checkpoint(policy).is_dir()):
+                continue
+            progress.start(f"eval {policy}", wanted)
+            run.add_samples(sample_policy(run, recipe, policy, test, grader, progress))
+            progress.finish()
+    results = summarise({p: run.samples(p) for p in run.policies if run.samples(p)}, recipe.eval.k)
+    run.write_json("results.json", results)
+    return results
+
+
+def sample_policy(
+    run: Run, recipe: Recipe, policy: str, test: list[Row], grader: MathGrader, progress: Progress
+) -> list[dict[str, Any]]:
+    """`eval.samples` graded completions of every test problem."""
+    settings = recipe.eval
+    name = run.model_of(policy)
+    tokenizer = models.load_tokenizer(name)
+    model = models.load_model(name, models.autocast_dtype(recipe.precision) or torch.float32)
+    prompts = [rendering.prompt_ids(tokenizer, rendering.messages(row, recipe.data.system)) for row in test]
+    rows: list[dict[str, Any]] = []
+    batches = local.sample(
+        model,
+        prompts,
+        samples=settings.samples,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        eos_ids=local.eos_ids_of(model, tokenizer.eos_token_id),
+        pad_id=tokenizer.pad_token_id,
+        batch=settings.batch,
+        seed=recipe.seed,
+    )
+    for batch in batches:
+        texts = tokenizer.batch_decode([c.ids for c in batch], skip_special_tokens=True)
+        verdicts = grader.grade(texts, [str(test[c.prompt].answer) for c in batch])
+        for completion, text, verdict in zip(batch, texts, verdicts, strict=True):
+            row = test[completion.prompt]
+            rows.append(
+                {
+                    "policy": policy,
+                    "problem": row.id,
+                    "question": row.question,
+                    "gold": row.answer,
+                    "completion": text,
+                    "tokens": len(completion.ids),
+                    "finished": completion.finished,
+                    "score": verdict.score,
+                    **asdict(verdict),
+                }
+            )
+        progress.advance(len(batch), f"right {np.mean([r['status'] == 'right' for r in rows]):.2f}")
+    del model
+    gc.collect()
+    return rows
+
+
+def summarise(samples: dict[str, list[dict[str, Any]]], ks: list[int]) -> dict[str, Any]:
+    """pass@k of each policy with intervals over problems, and the paired differences between successive policies.
+
+    A sample the grader failed on counts as not right, and its share is reported: leaving it out would let a policy
+    gain by breaking the grader.
+    """
+    per_problem = {policy: _by_problem(rows) for policy, rows in samples.items()}
+    policies = {}
+    for policy, rows in samples.items():
+        n, right = per_problem[policy]
+        done = [r for r in rows if r["finished"]]
+        policies[policy] = {
+            "problems": len(n),
+            "samples": len(rows),
+            "pass": {str(k): _as_dict(mean_with_interval(pass_at_k(right, n, k))) for k in ks},
+            "truncated_share": 1 - len(done) / len(rows),
+            "right_of_finished": float(np.mean([r["status"] == "right" for r in done])) if done else None,
+            "mean_tokens": float(np.mean([r["tokens"] for r in rows])),
+            "verdicts": dict(Counter(r["status"] for r in rows)),
+            "grader_failures": sum(r["status"] not in JUDGED for r in rows),
+        }
+    return {"policies": policies, "differences": _differences(per_problem, ks)}
+
+
+def _differences(per_problem: dict[str, tuple[Any, Any]], ks: list[int]) -> list[dict[str, Any]]:
+    names = list(per_problem)
+    pairs = list(zip(names, names[1:], strict=False))
+    if len(names) == 3:
+        pairs.append((names[0], names[2]))
+    return [
+        {
+            "from": a,
+            "to": b,
+            "k": k,
+            **_as_dict(paired_difference(*(pass_at_k(per_problem[p][1], per_problem[p][0], k) for p in (a, b)))),
+        }
+        for a, b in pairs
+        for k in ks
+    ]
+
+
+def _by_problem(rows: list[dict[str, Any]]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Samples and right samples of each problem, in order of problem id."""
+    n = Counter(r["problem"] for r in rows)
+    right = Counter(r["problem"] for r in rows if r["status"] == "right")
+    problems = sorted(n)
+    return np.array([n[p] for p in problems]), np.array([right[p] for p in problems])
+
+
+def _as_dict(estimate: Estimate) -> dict[str, float | None]:
+    """Mean and bounds; a bound that does not exist (a single problem) is None, since JSON has no NaN."""
+    bounds = {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
+    return {k: None if math.isnan(v) else v for k, v in bounds.items()}

@@ -1,0 +1,237 @@
+"""Reinforcement learning on verifiable prompts, from the warm start (or from the base where the recipe has none).
+
+Samples groups of completions, grades them, takes clipped policy-gradient steps, and saves the policy `final`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import add_fused_lm_head
+
+from heatbath import models
+from heatbath.data import rendering, sources
+from heatbath.data.rows import Row
+from heatbath.errors import DataError, RunError
+from heatbath.ideas.policy import Policy, kl_k3, policy
+from heatbath.progress import Progress
+from heatbath.recipe import RL, Recipe
+from heatbath.run import Run
+from heatbath.stages.training import log_to_run, optimizer_arguments, require_finite, save_policy
+from heatbath.verify.math import MathGrader
+from heatbath.verify.verdict import STATUSES
+
+# What TRL measures, under the name it has here; everything else TRL logs is dropped, above all its "loss", which is
+# zero in expectation on-policy and tells nothing.
+NAMES = {
+    "reward": "reward",
+    "entropy": "entropy",
+    "completions/mean_length": "completion_tokens",
+    "completions/clipped_ratio": "truncated_share",
+    "clip_share": "clip_share",
+    "kl_init": "kl_init",
+    **{f"verdict/{status}": f"verdict/{status}" for status in STATUSES},
+}
+
+
+class PolicyTrainer(trl.GRPOTrainer):
+    """`trl.GRPOTrainer` whose loss is a `Policy`, divided by the tokens of the optimizer step.
+
+    Prompts are rendered by `data/rendering.py`, the one place that does it. `initial` is a frozen copy of the policy
+    at the start; the KL to it is measured (not penalised) every `kl_every` generations.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        policy: Policy,
+        initial: PreTrainedModel | None = None,
+        kl_every: int = 1,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.policy, self.kl_every = policy, kl_every
+        self._initial = [] if initial is None else [initial.eval().requires_grad_(False)]
+        self._generations = 0
+        for model in self._initial:
+            add_fused_lm_head(model, temperature=self.temperature)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return [rendering.prompt_ids(self.processing_class, p) for p in prompts], None, {}
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        # One outer autocast context keeps the 16-bit copies of the weights for the whole generation; without it they
+        # are cast again at every token.
+        with self.accelerator.autocast():
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self._initial and self._generations % self.kl_every == 0:
+            ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+            mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+            with torch.no_grad():
+                output["initial_logps"], _, _ = self._get_per_token_logps_and_entropies(
+                    self._initial[0],
+                    ids,
+                    mask,
+                    output["completion_ids"].size(1),
+                    batch_size=self.args.per_device_train_batch_size,
+                )
+        self._generations += 1
+        return output
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """Adds to each micro-batch the number of completion tokens of its whole optimizer step, over all ranks."""
+        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
+        if self.model.training and "step_tokens" not in inputs:
+            accumulation = self.args.gradient_accumulation_steps
+            for start in range(0, len(self._buffered_inputs), accumulation):
+                window = self._buffered_inputs[start : start + accumulation]
+                tokens = torch.stack([batch["completion_mask"].sum() for batch in window]).sum()
+                tokens = self.accelerator.gather(tokens).sum()
+                for batch in window:
+                    batch["step_tokens"] = tokens
+        return inputs
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        mask = inputs["completion_mask"]
+        logp, entropy, _ = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], mask], dim=1),
+            mask.size(1),
+            compute_entropy=True,
+        )
+        old = inputs.get("old_per_token_logps")
+        per_token, clipped = self.policy.token_loss(logp, logp.detach() if old is None else old, inputs["advantages"])
+        # DDP averages gradients over ranks, and the denominator already spans all of them.
+        tokens = inputs["step_tokens"] if "step_tokens" in inputs else mask.sum()
+        loss = (per_token * mask).sum() / tokens.clamp(min=1) * self.accelerator.num_processes
+        require_finite(loss, f"step {self.state.global_step + 1}", "lower rl.lr")
+        with torch.no_grad():
+            measured = {"entropy": entropy, "clip_share": clipped.float()}
+            if "initial_logps" in inputs:
+                measured["kl_init"] = kl_k3(logp, inputs["initial_logps"])
+            self._measure(measured, mask)
+        return loss
+
+    def _measure(self, values: dict[str, Tensor], mask: Tensor) -> None:
+        mode = "train" if self.model.training else "eval"
+        for name, value in values.items():
+            pair = torch.stack([(value * mask).sum(), mask.sum().to(value.dtype)])
+            total, count = self.accelerator.reduce(pair, "sum").tolist()
+            self._metrics[mode][name].append(total / max(count, 1.0))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        measured = {k: sum(v) / len(v) for k, v in self._metrics["train"].items() if v}
+        self._metrics["train"].clear()
+        if "reward" not in measured:
+            return
+        values = {ours: measured[theirs] for theirs, ours in NAMES.items() if theirs in measured}
+        values["informative_share"] = 1 - measured["frac_reward_zero_std"]
+        values["step_seconds"] = measured.get("step_time", 0.0)
+        values |= {k: logs[k] for k in ("grad_norm", "learning_rate") if k in logs}
+        transformers.Trainer.log(self, values, start_time)
+
+
+def run_rl(run: Run, recipe: Recipe, progress: Progress) -> None:
+    """Trains the start of the recipe with verifiable rewards; writes metrics and the policy `final`."""
+    settings = recipe.rl
+    if settings is None:
+        raise RunError("the recipe has no [rl] table", "rl", "add one, or run the sft stage alone")
+    start = run.model_of("init" if recipe.sft is not None else "base")
+    rows = sources.load(recipe.data, recipe.seed).prompts
+    if len(rows) < settings.prompts:
+        raise DataError(
+            f"{len(rows)} prompts, but one generation takes rl.prompts = {settings.prompts}",
+            "data.prompts",
+            "give more prompts or lower rl.prompts",
+        )
+    with (
+        run.new_checkpoint("final") as folder,
+        MathGrader(workers=recipe.reward.workers, deadline=recipe.reward.deadline) as grader,
+    ):
+        tokenizer = models.load_tokenizer(start)
+        model = models.load_model(start, torch.float32)
+        trainer = build_trainer(run, recipe, model, tokenizer, rows, verdict_reward(grader))
+        shown = ("reward", "informative_share", "truncated_share", "kl_init")
+        log_to_run(trainer, run, "rl", progress, show=shown)
+        progress.start(f"rl ({settings.policy})", total_steps(settings, len(rows)))
+        trainer.train()
+        progress.finish()
+        save_policy(trainer, folder)
+
+
+def build_trainer(
+    run: Run,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Row],
+    reward: Callable[..., list[float | None]],
+) -> PolicyTrainer:
+    """The trainer of a recipe's [rl] table."""
+    settings = recipe.rl
+    assert settings is not None
+    update = settings.update_prompts * settings.group_size // settings.micro_batch
+    arguments = trl.GRPOConfig(
+        output_dir=str(run.folder / "checkpoints" / ".rl"),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=update,
+        steps_per_generation=update * (settings.prompts // settings.update_prompts),
+        num_generations=settings.group_size,
+        max_completion_length=settings.max_new_tokens,
+        temperature=settings.temperature,
+        scale_rewards="none",
+        beta=0.0,
+        logging_steps=1,
+        **optimizer_arguments(settings, recipe),
+    )
+    dataset = Dataset.from_list(
+        [{"prompt": rendering.messages(row, recipe.data.system), "gold": row.answer} for row in rows]
+    )
+    return PolicyTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        reward_funcs=[reward],
+        policy=policy(settings.policy, clip_low=settings.clip, clip_high=settings.clip),
+        initial=copy.deepcopy(model),
+        kl_every=settings.kl_every,
+    )
+
+
+def verdict_reward(grader: MathGrader) -> Callable[..., list[float | None]]:
+    """A TRL reward function: 1 right, 0 wrong or no answer, None (no signal) where the grader failed; counts statuses.
+
+    Needs a `gold` column beside `prompt`.
+    """
+
+    def reward(completions: list[Any], gold: list[str], log_metric: Callable[..., None], **_: Any) -> list[float | None]:
+        texts = [completion[0]["content"] for completion in completions]
+        verdicts = grader.grade(texts, gold)
+        counts = Counter(verdict.status for verdict in verdicts)
+        for status in STATUSES:
+            log_metric(f"verdict/{status}", counts[status] / len(verdicts))
+        return [verdict.score for verdict in verdicts]
+
+    return reward
+
+
+def total_steps(settings: RL, rows: int) -> int:
+    """Optimizer steps of the stage: whole generations only, each giving prompts / update_prompts steps."""
+    steps = int(rows // settings.prompts * settings.epochs) * (settings.prompts // settings.update_prompts)
+    return min(steps, settings.max_steps) if settings.max_steps else steps

@@ -1,0 +1,224 @@
+"""The warm start: supervised training of the base on demonstrations, under any objective.
+
+Reads the demonstrations, measures how surprising the base finds them, trains, and saves the policy `init`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections import defaultdict
+from typing import Any, Literal
+
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from heatbath import models
+from heatbath.data import rendering, sources
+from heatbath.data.rendering import Rendered
+from heatbath.data.rows import Row
+from heatbath.errors import DataError, RunError
+from heatbath.ideas.objectives import Gift, Objective, objective
+from heatbath.progress import Progress
+from heatbath.recipe import Recipe
+from heatbath.reference import PROFILE_BETAS, FrozenBase, profile, surprises
+from heatbath.run import Run
+from heatbath.stages.fused_forward import add_objective_forward
+from heatbath.stages.training import log_to_run, optimizer_arguments, require_finite, save_policy
+
+Reduction = Literal["token_mean", "sequence_sum", "microbatch_token_mean"]
+PROFILE_ROWS = 512  # demonstrations the surprise profile reads; more would only sharpen its tail
+
+
+class ObjectiveTrainer(trl.SFTTrainer):
+    """`trl.SFTTrainer` whose loss is any `Objective`, exact under accumulation and across processes.
+
+    `reduction` turns token losses into the loss of the optimizer step, over all its micro-batches and ranks:
+    `token_mean` divides by its supervised tokens; `sequence_sum` (arXiv 2601.09233, Algorithm 1) by its sequences;
+    `microbatch_token_mean` (the authors' code) adds up each micro-batch's own token mean, not averaged over the
+    accumulation, so that long micro-batches count less per token and the gradient norm grows with accumulation.
+    Objectives that read the base need `reference`. Rows hold `input_ids` and `labels` (-100 where unsupervised).
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the whole optimizer step; nobody else may divide again
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: Objective,
+        reference: FrozenBase | None = None,
+        reduction: Reduction = "token_mean",
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.objective, self.reference, self.reduction = objective, reference, reduction
+        self._sums: dict[str, dict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
+        self._window_started = time.perf_counter()
+        add_objective_forward(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | int | None:
+        """The denominator of the optimizer step over all micro-batches and ranks: its tokens or its sequences."""
+        if self.reduction != "sequence_sum":
+            return super()._get_num_items_in_batch(batch_samples, device)
+        sequences = torch.tensor(sum(len(batch["labels"]) for batch in batch_samples), device=device)
+        return self.accelerator.gather(sequences).sum()
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        mode = "train" if self.model.training else "eval"
+        out = model(**inputs, objective=self.objective, reference=self.reference)
+        loss, tokens = out["loss"], out["tokens"]
+        require_finite(loss, f"step {self.state.global_step + 1}", "lower sft.lr, or look for a broken row")
+        self._add(mode, {**out["sums"], "supervised": tokens, "tokens": int(inputs["attention_mask"].sum())})
+        if mode == "eval" or num_items_in_batch is None:
+            return (loss / max(tokens, 1), out) if return_outputs else loss / max(tokens, 1)
+        if self.reduction == "microbatch_token_mean":
+            return loss / max(tokens, 1)
+        # DDP averages gradients over ranks, and the denominator already spans all of them.
+        return loss / num_items_in_batch * self.accelerator.num_processes
+
+    def _add(self, mode: str, sums: dict[str, Any]) -> None:
+        for name, value in sums.items():
+            self._sums[mode][name] += float(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Token-weighted means over all tokens since the last log; the objective and NLL by name, never a bare loss."""
+        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
+        sums = self._sums[mode]
+        if sums["supervised"]:
+            names = sorted(sums)
+            total = self.accelerator.reduce(torch.tensor([sums[n] for n in names], dtype=torch.float64), "sum")
+            totals = dict(zip(names, total.tolist(), strict=True))
+            tokens, supervised = totals.pop("tokens"), totals.pop("supervised")
+            prefix = "val/" if mode == "eval" else ""
+            values = {prefix + name: value / supervised for name, value in totals.items()}
+            if mode == "train":
+                elapsed = time.perf_counter() - self._window_started
+                values |= {"tokens_per_second": tokens / elapsed, "learning_rate": logs["learning_rate"]}
+                values |= {"grad_norm": logs["grad_norm"]} if "grad_norm" in logs else {}
+            sums.clear()
+            transformers.Trainer.log(self, values, start_time)
+        self._window_started = time.perf_counter()
+
+
+def run_sft(run: Run, recipe: Recipe, progress: Progress) -> None:
+    """Trains the base of the recipe on its demonstrations; writes metrics, surprise.json and the policy `init`."""
+    settings = recipe.sft
+    if settings is None:
+        raise RunError("the recipe has no [sft] table", "sft", "add one, or run the rl stage alone")
+    with run.new_checkpoint("init") as folder:
+        splits = sources.load(recipe.data, recipe.seed)
+        tokenizer = models.load_tokenizer(recipe.model)
+        demos = render_all(tokenizer, splits.demos, recipe, "demos")
+        validation = render_all(tokenizer, splits.validation, recipe, "validation") if splits.validation else []
+        if cut := sum(row.truncated for row in demos):
+            progress.say(f"warning: {cut} of {len(demos)} demonstrations are cut at {settings.max_length} tokens, without EOS")
+        model = models.load_model(recipe.model, torch.float32)
+        base = FrozenBase(copy.deepcopy(model))
+        goal = objective(settings.objective.name, **settings.objective.hyper)
+
+        progress.say("measuring how surprising the base finds the demonstrations")
+        measured = demos[:PROFILE_ROWS]
+        nats = surprises(
+            base, measured, pad_id=tokenizer.pad_token_id, autocast=models.autocast_dtype(recipe.precision)
+        )
+        betas = [*PROFILE_BETAS, *([goal.beta] if isinstance(goal, Gift) else [])]
+        found = profile(measured, nats, tokenizer, betas)
+        run.write_json("surprise.json", {**found, "objective": settings.objective.model_dump()})
+        progress.say(describe_profile(found, goal))
+
+        trainer = build_trainer(run, recipe, model, tokenizer, goal, base, demos, validation)
+        steps = math.ceil(len(demos) / settings.batch) * settings.epochs
+        log_to_run(trainer, run, "sft", progress, show=("nll", "val/nll", "keep", "tokens_per_second"))
+        progress.start(f"sft ({settings.objective.name})", math.ceil(steps))
+        trainer.train()
+        progress.finish()
+        save_policy(trainer, folder)
+
+
+def build_trainer(
+    run: Run,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    goal: Objective,
+    base: FrozenBase,
+    demos: list[Rendered],
+    validation: list[Rendered],
+) -> ObjectiveTrainer:
+    """The trainer of a recipe's [sft] table."""
+    settings = recipe.sft
+    assert settings is not None
+    micro = min(settings.micro_batch, settings.batch)
+    arguments = trl.SFTConfig(
+        output_dir=str(run.folder / "checkpoints" / ".sft"),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=settings.batch // micro,
+        logging_steps=settings.log_every,
+        eval_strategy="epoch" if validation else "no",
+        eval_on_start=bool(validation),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        **optimizer_arguments(settings, recipe),
+    )
+    return ObjectiveTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=_dataset(demos),
+        eval_dataset=_dataset(validation) if validation else None,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+        objective=goal,
+        reference=base,
+        reduction=settings.reduction,
+    )
+
+
+def render_all(tokenizer: PreTrainedTokenizerBase, rows: list[Row], recipe: Recipe, split: str) -> list[Rendered]:
+    """Rendered demonstrations of a split. Raises DataError when there is none, or one row has nothing to learn."""
+    if not rows:
+        raise DataError("no demonstrations", f"data.{split}", "the sft stage needs at least one row")
+    assert recipe.sft is not None
+    rendered = [
+        rendering.render(tokenizer, row, system=recipe.data.system, max_length=recipe.sft.max_length) for row in rows
+    ]
+    for number, row in enumerate(rendered, 1):
+        if row.supervised == 0:
+            raise DataError(
+                f"no supervised token: the prompt alone fills max_length = {recipe.sft.max_length}",
+                f"data.{split}, row {number}: {rows[number - 1].question[:80]!r}",
+                "raise sft.max_length or drop the row",
+            )
+    return rendered
+
+
+def describe_profile(found: dict[str, Any], goal: Objective) -> str:
+    """One or two lines a user reads before training starts."""
+    text = f"surprise: mean {found['mean']:.2f} nats over {found['tokens']:,} tokens, 99 % below "
+    text += f"{found['quantiles']['0.99']:.1f}, max {found['max']:.1f}"
+    if isinstance(goal, Gift):
+        share = next(b for b in found["betas"] if b["beta"] == goal.beta)["w_below_0.5"]
+        text += f"\nβ = {goal.beta:g} leaves {share:.1%} of the tokens to the base (w < 0.5)"
+        if share < 0.001:
+            text += "; GIFT can hardly differ from SFT here"
+        elif share > 0.05:
+            text += "; above about 5 % the start may be neither base nor expert"
+        text += f". {found['suggested_share']:.0%} would be β = {found['suggested_beta']:.1f}"
+    return text
+
+
+def _dataset(rows: list[Rendered]) -> Dataset:
+    return Dataset.from_list([{"input_ids": r.input_ids, "labels": r.labels} for r in rows])
+
