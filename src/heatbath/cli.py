@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from heatbath.allocator import keep_freed_memory
 from heatbath.errors import HeatbathError, RecipeError
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ def _stage(
     from heatbath.recipe import load
 
     _settle_libraries(verbose)
+    keep_freed_memory()
     loaded = load(recipe, overrides)
     if dry_run:
         from heatbath.stages.pipeline import plan

@@ -75,6 +75,9 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
 
 
 def _explained(name: str, load: Any, **kwargs: Any) -> Any:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a bar for every file read or written, in the middle of ours
     try:
         return load(resolve(name), **kwargs)
     except (OSError, ValueError) as error:

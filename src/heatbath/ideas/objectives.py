@@ -55,11 +55,13 @@ class TokenStats:
 
     def __getattribute__(self, name: str) -> Tensor:
         value = object.__getattribute__(self, name)
-        if value is None and name in STATS:
-            raise AttributeError(f"the statistic '{name}' was not computed: add it to the objective's `needs`")
+        if value is None:
+            raise AttributeError(name)  # Python then asks __getattr__, which says what is missing
         return value  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Tensor:
+        if name in STATS:
+            raise AttributeError(f"the statistic '{name}' was not computed: add it to the objective's `needs`")
         columns: Mapping[str, Tensor] = object.__getattribute__(self, "columns")
         if name in columns:
             return columns[name]

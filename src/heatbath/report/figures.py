@@ -1,0 +1,162 @@
+"""Figures as inline SVG whose colours are the page's own (so they follow light and dark), text kept as text."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from heatbath.ideas.objectives import Gift
+
+# A colour here stands for the page's CSS variable of that name; `_themed` swaps them in the SVG.
+INK, GRID, MUTED = "#010101", "#020202", "#030303"
+COLOURS = {"base": "#040404", "init": "#050505", "final": "#060606"}
+VARIABLES = {INK: "ink", GRID: "grid", MUTED: "muted", **{c: name for name, c in COLOURS.items()}}
+
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "heatbath",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["system-ui", "DejaVu Sans"],
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.titlesize": 10,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+
+
+def pass_at_k(results: dict[str, Any]) -> str:
+    """pass@k of each policy with its 95 % interval."""
+    policies = results["policies"]
+    ks = list(next(iter(policies.values()))["pass"])
+    figure, (axes,) = _figure(1, width=6.4, height=0.55 * len(ks) * len(policies) + 0.9)
+    labels, row = [], 0
+    for k in ks:
+        for name, found in policies.items():
+            e = found["pass"][k]
+            low, high = (e["mean"] if e[b] is None else e[b] for b in ("low", "high"))
+            low, high = max(low, 0.0), min(high, 1.0)
+            axes.plot([low, high], [row, row], color=COLOURS[name], linewidth=2.5, solid_capstyle="round")
+            axes.plot(e["mean"], row, "o", color=COLOURS[name], markersize=7)
+            beside, align = (high + 0.015, "left") if high < 0.8 else (low - 0.015, "right")
+            axes.text(beside, row, f"{e['mean']:.2f}", va="center", ha=align)
+            labels.append(f"{name}  pass@{k}")
+            row += 1
+        row += 0.4
+    positions = [i + 0.4 * (i // len(policies)) for i in range(len(labels))]
+    axes.set_yticks(positions, labels)
+    axes.set(xlim=(-0.01, 1.01), ylim=(row - 0.6, -0.7), xlabel="share of held-out problems (95 % interval)")
+    axes.grid(axis="y", visible=False)
+    return _svg(figure, "pass@k of each policy with 95 % intervals; the table beside it holds the numbers")
+
+
+def surprise(profile: dict[str, Any]) -> str:
+    """Histogram of the base's surprise at the demonstrations, with w at this run's β, or at the suggested one."""
+    counts = np.array(profile["histogram"], dtype=float)
+    last = int(np.flatnonzero(counts)[-1]) + 3
+    figure, (axes,) = _figure(1, width=6.4, height=2.9)
+    axes.bar(np.arange(last) + 0.5, counts[:last] / counts.sum(), width=0.92, color=COLOURS["base"])
+    axes.set_yscale("log")
+    axes.set(xlabel="surprise of the base, −log p (nats)", ylabel="share of tokens (log)")
+    axes.set_ylim(0.4 / counts.sum(), 1.0)
+    beta = profile["objective"].get("beta")
+    used = beta is not None
+    beta = beta if used else profile["suggested_beta"]
+    nats = np.linspace(1e-3, last, 400)
+    import torch
+
+    w = Gift(float(beta)).mass(torch.from_numpy(-nats), 1).numpy()
+    right = axes.twinx()
+    right.plot(nats, w, color=COLOURS["init"], linewidth=2)
+    right.axvline(beta, color=COLOURS["init"], linewidth=1, linestyle=":")
+    right.set_ylim(0, 1.05)
+    right.set_ylabel("w, the target's mass on the token", color=COLOURS["init"])
+    right.tick_params(axis="y", colors=COLOURS["init"])
+    right.grid(visible=False)
+    right.text(beta + 0.15, 0.94, f"β = {beta:.3g}" + ("" if used else " (suggested)"), color=COLOURS["init"])
+    return _svg(figure, f"surprise histogram of {profile['tokens']} tokens with the curve of w at β = {beta:.3g}")
+
+
+def sft_curves(rows: list[dict[str, Any]]) -> str:
+    """Training and validation NLL over optimizer steps, and entropy."""
+    train = [r for r in rows if "nll" in r]
+    val = [r for r in rows if "val/nll" in r]
+    figure, (left, right) = _figure(2, width=6.4, height=2.4)
+    left.plot([r["step"] for r in train], [r["nll"] for r in train], color=COLOURS["init"], alpha=0.55, label="train")
+    if val:
+        left.plot([r["step"] for r in val], [r["val/nll"] for r in val], "o-", color=COLOURS["init"], label="validation")
+        left.legend()
+    left.set(title="NLL per token (nats)", xlabel="optimizer step")
+    right.plot([r["step"] for r in train], [r["entropy"] for r in train], color=COLOURS["init"])
+    right.set(title="entropy per token (nats)", xlabel="optimizer step")
+    _from_zero(left, right)
+    return _svg(figure, "training curves of the warm start")
+
+
+def rl_curves(rows: list[dict[str, Any]]) -> str:
+    """What matters in RL, over optimizer steps: never a bare loss."""
+    panels = (
+        ("reward", "mean reward"),
+        ("informative_share", "informative groups"),
+        ("truncated_share", "truncated completions"),
+        ("clip_share", "tokens clipped"),
+        ("entropy", "entropy (nats)"),
+        ("kl_init", "KL to the start (nats per token)"),
+    )
+    figure, axes = _figure(len(panels), width=6.4, height=4.4, columns=2)
+    for panel, (key, title) in zip(axes, panels, strict=True):
+        seen = [(r["step"], r[key]) for r in rows if key in r]
+        if seen:
+            steps, values = zip(*seen, strict=True)
+            panel.plot(steps, values, "o-" if len(seen) < 12 else "-", markersize=3, color=COLOURS["final"])
+        panel.set_title(title)
+        if key.endswith("share") or key == "reward":
+            panel.set_ylim(-0.03, 1.03)
+    _from_zero(*axes)
+    for panel in axes[-2:]:
+        panel.set_xlabel("optimizer step")
+    return _svg(figure, "learning curves of reinforcement learning")
+
+
+def _figure(panels: int, *, width: float, height: float, columns: int | None = None) -> tuple[Figure, list[Axes]]:
+    with matplotlib.rc_context(STYLE):
+        columns = columns or panels
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(-(-panels // columns), columns, squeeze=False)
+    return figure, list(axes.flat)
+
+
+def _from_zero(*axes: Axes) -> None:
+    for panel in axes:
+        panel.set_ylim(bottom=min(0.0, panel.get_ylim()[0]))
+
+
+def _svg(figure: Figure, description: str) -> str:
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    for colour, name in VARIABLES.items():
+        text = text.replace(colour, f"var(--{name})")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
