@@ -143,7 +143,8 @@ def _sft_caption(rows: list[dict[str, Any]]) -> str:
 
 
 def _rl_caption(rows: list[dict[str, Any]]) -> str:
-    dead = sum(1 - r["informative_share"] for r in rows) / len(rows)
+    informative = [r["informative_share"] for r in rows if "informative_share" in r]
+    dead = 1 - sum(informative) / len(informative)
     seconds = sum(r["step_seconds"] for r in rows) / len(rows)
     return (
         f"{len(rows)} optimizer steps of {seconds:.1f} s. {dead:.0%} of the groups had no signal (all completions "

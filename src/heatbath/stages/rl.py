@@ -135,10 +135,11 @@ class PolicyTrainer(trl.GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         measured = {k: sum(v) / len(v) for k, v in self._metrics["train"].items() if v}
         self._metrics["train"].clear()
-        if "reward" not in measured:
-            return
+        if not measured:
+            return  # the closing summary of transformers
         values = {ours: measured[theirs] for theirs, ours in NAMES.items() if theirs in measured}
-        values["informative_share"] = 1 - measured["frac_reward_zero_std"]
+        if "frac_reward_zero_std" in measured:  # as the reward: measured once per generation, not at every step
+            values["informative_share"] = 1 - measured["frac_reward_zero_std"]
         values["step_seconds"] = measured.get("step_time", 0.0)
         values |= {k: logs[k] for k in ("grad_norm", "learning_rate") if k in logs}
         transformers.Trainer.log(self, values, start_time)

@@ -1,0 +1,125 @@
+"""All stages on a small model through the command line, as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jinja2 import Environment
+
+from heatbath.stages.evaluate import summarise
+
+RECIPE = """
+model = "{base}"
+precision = "fp32"
+[data]
+source = "arithmetic"
+demos = 16
+validation = 4
+prompts = 8
+test = 5
+[sft]
+objective = {{ name = "gift", beta = 4.0 }}
+lr = 3e-3
+epochs = 2
+batch = 8
+micro_batch = 8
+[rl]
+lr = 1e-3
+prompts = 4
+update_prompts = 2
+group_size = 4
+micro_batch = 8
+max_new_tokens = 12
+kl_every = 1
+[eval]
+samples = 4
+k = [1, 4]
+max_new_tokens = 12
+"""
+
+
+def heatbath(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "heatbath", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ)
+
+
+@pytest.fixture(scope="module")
+def finished(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of all stages."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    (folder / "small.toml").write_text(RECIPE.format(base=small_base))
+    done = heatbath("run", "small.toml", "sft.epochs=3", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    result = json.loads(done.stdout)
+    assert result["run"] == "runs/small" and list(result["policies"]) == ["base", "init", "final"]
+    return folder / "runs" / "small"
+
+
+def test_the_run_is_the_folder_that_was_promised(finished: Path) -> None:
+    for name in ("recipe.toml", "env.json", "metrics.jsonl", "surprise.json", "samples.jsonl", "results.json"):
+        assert (finished / name).stat().st_size > 0
+    for name in ("report.html", "report.md", "report.json"):
+        assert (finished / name).stat().st_size > 0
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["final", "init"]
+    assert "epochs = 3.0" in (finished / "recipe.toml").read_text()
+    env = json.loads((finished / "env.json").read_text())
+    assert env["command"] == "heatbath run small.toml sft.epochs=3 --json" and env["versions"]["trl"]
+
+
+def test_results_can_be_computed_again_from_the_samples(finished: Path) -> None:
+    rows = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * 5 * 4
+    assert {"completion", "answer", "status", "rule", "finished", "gold", "problem"} <= set(rows[0])
+    by_policy = {p: [r for r in rows if r["policy"] == p] for p in ("base", "init", "final")}
+    assert summarise(by_policy, [1, 4]) == json.loads((finished / "results.json").read_text())
+    for policy, samples in by_policy.items():
+        mean = sum(r["status"] == "right" for r in samples) / len(samples)
+        found = json.loads((finished / "results.json").read_text())["policies"][policy]
+        assert found["pass"]["1"]["mean"] == pytest.approx(mean)
+
+
+def test_an_existing_folder_is_refused_and_untouched(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    again = heatbath("run", "small.toml", cwd=finished.parents[1])
+    assert again.returncode == 2 and "the output folder exists" in again.stderr and "--out" in again.stderr
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
+    other = heatbath("eval", "small.toml", cwd=finished.parents[1])  # without sft.epochs=3: another recipe
+    assert other.returncode == 2 and "another recipe" in other.stderr
+
+
+def test_stages_one_by_one_are_the_same_run(finished: Path) -> None:
+    folder = finished.parents[1]
+    for stage in ("sft", "rl", "eval"):
+        done = heatbath(stage, "small.toml", "sft.epochs=3", "--out", "runs/steps", cwd=folder)
+        assert done.returncode == 0, done.stderr
+    ours, theirs = (json.loads((p / "results.json").read_text()) for p in (folder / "runs" / "steps", finished))
+    assert ours == theirs
+    again = heatbath("sft", "small.toml", "sft.epochs=3", "--out", "runs/steps", cwd=folder)
+    assert again.returncode == 1 and "already trained" in again.stderr
+    reported = heatbath("report", "runs/steps", cwd=folder)
+    assert reported.returncode == 0 and Path(folder, reported.stdout.strip()).is_file()
+
+
+def test_dry_run_counts_what_the_run_then_does(finished: Path) -> None:
+    done = heatbath("run", "small.toml", "sft.epochs=3", "--dry-run", "--json", cwd=finished.parents[1])
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert plan["sft"]["steps"] == max(r["step"] for r in metrics if r["stage"] == "sft")
+    assert plan["rl"]["steps"] == max(r["step"] for r in metrics if r["stage"] == "rl")
+    assert plan["eval"]["samples"] == len((finished / "samples.jsonl").read_text().splitlines())
+    assert plan["sft"]["ends_with_eos"] == plan["rows"]["demos"] == 16 and plan["sft"]["truncated"] == 0
+
+
+def test_model_output_is_escaped_in_the_report(finished: Path) -> None:
+    environment = Environment(autoescape=True)
+    page = (finished / "report.html").read_text()
+    rows = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    hostile = [r["completion"] for r in rows if "<" in r["completion"]]
+    for text in hostile:
+        if text in page:
+            assert text == environment.from_string("{{ t }}").render(t=text)

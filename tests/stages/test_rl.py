@@ -1,0 +1,197 @@
+"""The RL trainer, real TRL underneath: its loss against TRL's own and against a transcription, and what it logs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+from conftest import small_model, small_tokenizer
+from datasets import Dataset
+
+from heatbath import recipe as recipes
+from heatbath.data import rendering, sources
+from heatbath.errors import DataError, RunError
+from heatbath.ideas.policy import policy
+from heatbath.progress import Progress
+from heatbath.run import Run
+from heatbath.stages.rl import PolicyTrainer, run_rl, total_steps, verdict_reward
+from heatbath.verify.math import MathGrader
+
+G, PROMPTS = 4, 4
+
+
+def even_letters(completions, **_):
+    """A reward with variance under a random model: the share of letters from the first half of the alphabet."""
+    texts = [c[0]["content"].lower() for c in completions]
+    return [sum(ch < "n" for ch in t) / max(len(t), 1) for t in texts]
+
+
+def arguments(folder: Path, **kwargs) -> trl.GRPOConfig:
+    settings = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "steps_per_generation": 4,
+        "num_generations": G,
+        "max_completion_length": 8,
+        "loss_type": "dapo",
+        "scale_rewards": "none",
+        "beta": 0.0,
+        "learning_rate": 1e-2,
+        "max_steps": 2,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    return trl.GRPOConfig(output_dir=str(folder), **{**settings, **kwargs})
+
+
+def make(folder: Path, cls=PolicyTrainer, **kwargs) -> trl.GRPOTrainer:
+    dataset = Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": f"What is {i} + {i}?"}]} for i in range(10, 10 + 2 * PROMPTS)]
+    )
+    extra = {"policy": policy("paper"), "initial": small_model(), "kl_every": 1} if cls is PolicyTrainer else {}
+    return cls(
+        model=small_model(),
+        args=arguments(folder, **kwargs),
+        train_dataset=dataset,
+        processing_class=small_tokenizer(),
+        reward_funcs=[even_letters],
+        **extra,
+    )
+
+
+def recorded_window(trainer: trl.GRPOTrainer) -> list[dict]:
+    """One generation of the trainer, split as it would train on it."""
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    rows = [trainer.train_dataset[i] for i in range(PROMPTS) for _ in range(G)]
+    trainer._prepare_inputs(rows)
+    return trainer._buffered_inputs
+
+
+def test_loss_is_the_clipped_surrogate_over_the_tokens_of_the_optimizer_step(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    batches = recorded_window(trainer)
+    for p in trainer.model.parameters():  # move away from the sampling policy, so that ratios clip
+        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    for window in (batches[:2], batches[2:]):
+        tokens = sum(int(b["completion_mask"].sum()) for b in window)
+        total = 0.0
+        for batch in window:
+            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+            mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+            T = batch["completion_ids"].shape[1]
+            logits = trainer.model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+            logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)[:, -T:]
+            for b in range(len(ids)):
+                for t in range(T):
+                    if batch["completion_mask"][b, t]:
+                        r = (logp[b, t] - batch["old_per_token_logps"][b, t]).exp()
+                        a = batch["advantages"][b]
+                        total = total - torch.min(r * a, r.clamp(0.8, 1.2) * a) / tokens
+        found = sum(trainer._compute_loss(trainer.model, batch) for batch in window)
+        assert found.item() == pytest.approx(total.item(), rel=1e-4)
+    assert trainer._metrics["train"]["clip_share"][0] > 0
+
+
+def test_loss_and_gradient_are_trls_own_where_token_counts_are_equal(tmp_path: Path) -> None:
+    """TRL's dapo divides by a rescaled generation batch, which is the optimizer step's own count if all are equal."""
+    ours = make(tmp_path / "a", max_completion_length=6)
+    theirs = make(tmp_path / "b", cls=trl.GRPOTrainer, max_completion_length=6)
+    theirs.model.train()
+    theirs.current_gradient_accumulation_steps = 2
+    batches = recorded_window(ours)
+    for batch in batches:
+        batch["completion_mask"] = torch.ones_like(batch["completion_mask"])
+    tokens = sum(int(b["completion_mask"].sum()) for b in batches)
+    for batch in batches:
+        batch |= {"num_items_in_batch": torch.tensor(tokens), "step_tokens": torch.tensor(tokens // 2)}
+        mine, reference = ours._compute_loss(ours.model, batch), theirs._compute_loss(theirs.model, batch)
+        torch.testing.assert_close(mine, reference)
+        mine.backward()
+        reference.backward()
+    for p, q in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_advantages_are_centred_in_the_group_and_not_scaled(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    rewards = {}
+    original = trainer._calculate_rewards
+    trainer._calculate_rewards = lambda *a: rewards.setdefault("r", original(*a))
+    output = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(2) for _ in range(G)])
+    r = rewards["r"].view(2, G)
+    torch.testing.assert_close(output["advantages"].view(2, G), r - r.mean(1, keepdim=True))
+
+
+def test_kl_to_the_start_is_zero_at_the_start_and_then_grows(tmp_path: Path) -> None:
+    trainer = make(tmp_path, steps_per_generation=2, max_steps=4)
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "reward" in row]
+    assert logs[0]["kl_init"] == 0.0 and logs[-1]["kl_init"] > 1e-4
+    assert all("loss" not in row for row in logs)
+    expected = {"reward", "informative_share", "entropy", "clip_share", "truncated_share", "completion_tokens", "kl_init"}
+    assert all(expected <= set(row) for row in logs)
+
+
+def test_prompts_reach_the_model_as_training_rendered_them(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    conversation = [{"role": "user", "content": "What is 1 + 2?"}]
+    ids, images, fields = trainer._tokenize_prompts([conversation])
+    assert ids == [rendering.prompt_ids(small_tokenizer(), conversation)] and images is None and fields == {}
+
+
+def test_verdicts_become_rewards_and_counts() -> None:
+    logged = {}
+    with MathGrader(workers=1) as grader:
+        reward = verdict_reward(grader)
+        completions = [[{"content": text}] for text in ("so 3", "so 4", "none", "so 3")]
+        found = reward(completions, ["3", "3", "3", " "], lambda name, value: logged.__setitem__(name, value))
+    assert found == [1.0, 0.0, 0.0, None]  # a gold answer nobody can read gives no signal, not a 0
+    assert {k: v for k, v in logged.items() if v} == {
+        f"verdict/{s}": 0.25 for s in ("right", "wrong", "no_answer", "bad_gold")
+    }
+
+
+def recipe(base: Path, **rl) -> recipes.Recipe:
+    table = {"prompts": 4, "update_prompts": 2, "group_size": 2, "micro_batch": 2, "max_new_tokens": 6, "lr": 1e-3}
+    return recipes.parse(
+        {
+            "model": str(base),
+            "precision": "fp32",
+            "data": {"source": "arithmetic", "demos": 0, "validation": 0, "prompts": 9, "test": 2},
+            "rl": {**table, **rl},
+        }
+    )
+
+
+def test_the_stage_trains_the_base_directly_where_there_is_no_warm_start(small_base: Path, tmp_path: Path) -> None:
+    made = recipe(small_base)
+    run = Run.create(tmp_path / "run", made)
+    run_rl(run, made, Progress(quiet=True))
+    rows = run.metrics("rl")
+    assert len(rows) == total_steps(made.rl, 9) == 4  # two whole generations of 4 prompts, two steps each
+    assert ["reward" in row for row in rows] == [True, False, True, False]
+    assert sum(rows[0][f"verdict/{s}"] for s in ("right", "wrong", "no_answer")) == pytest.approx(1.0)
+    assert run.policies == ["base", "final"] and (run.checkpoint("final") / "model.safetensors").is_file()
+
+
+def test_too_few_prompts_and_a_missing_start_are_named(small_base: Path, tmp_path: Path) -> None:
+    few = recipe(small_base, prompts=10)
+    with pytest.raises(DataError, match="9 prompts"):
+        run_rl(Run.create(tmp_path / "a", few), few, Progress(quiet=True))
+    table = recipe(small_base).model_dump(mode="json")
+    warm = recipes.parse({**table, "sft": {"objective": "sft"}})
+    with pytest.raises(RunError, match="no 'init' policy"):
+        run_rl(Run.create(tmp_path / "b", warm), warm, Progress(quiet=True))
+
+
+def test_splits_of_a_run_do_not_depend_on_the_stage(small_base: Path) -> None:
+    made = recipe(small_base)
+    assert sources.load(made.data, made.seed) == sources.load(made.data, made.seed)

@@ -1,0 +1,93 @@
+"""Every shipped recipe loads; every way a recipe can be wrong is told, all at once, with a suggestion."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from heatbath import recipe as recipes
+from heatbath.errors import RecipeError
+from heatbath.recipe import as_toml, load, parse, shipped
+
+MINIMAL = {"model": "m", "data": {"source": "arithmetic"}}
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_recipe_loads_by_name_and_by_path(name: str) -> None:
+    path = shipped()[name]
+    assert load(name) == load(path)
+    assert path.read_text().startswith(f"# heatbath run recipes/{name}.toml"), "the first line is the command"
+
+
+def test_defaults_are_the_papers() -> None:
+    """arXiv 2601.09233, appendix E.1 (SFT) and E.2 (RL)."""
+    made = parse({**MINIMAL, "sft": {}, "rl": {}})
+    sft, rl = made.sft, made.rl
+    assert (sft.lr, sft.schedule, sft.batch, sft.epochs, sft.max_length) == (1e-5, "constant", 128, 6, 8192)
+    assert (sft.adam_betas, sft.weight_decay, sft.reduction) == ((0.9, 0.95), 0.01, "token_mean")
+    assert (rl.group_size, rl.temperature, rl.lr, rl.schedule) == (8, 1.0, 1e-6, "constant")
+    assert (rl.prompts, rl.update_prompts, rl.clip, rl.epochs, rl.max_new_tokens) == (128, 64, 0.2, 1, 8192)
+    assert (made.eval.temperature, made.eval.max_new_tokens, made.reward.deadline) == (0.6, 8192, 10.0)
+
+
+def test_a_resolved_recipe_reads_back_as_itself() -> None:
+    text = 'Say "yes"\\no\n\ttab \x01 ünï'
+    made = parse({**MINIMAL, "data": {"source": "arithmetic", "system": text}, "sft": {"objective": {"name": "gift", "beta": 7}}, "rl": {}})
+    assert parse(tomllib.loads(as_toml(made))) == made
+
+
+@pytest.mark.parametrize(
+    ("table", "messages"),
+    [
+        ({**MINIMAL, "sfx": {}}, ["sfx: unknown key, did you mean 'sft'?"]),
+        ({**MINIMAL, "data": {"source": "arithmetic", "digts": 2}}, ["data.digts: unknown key, did you mean 'digits'?"]),
+        ({**MINIMAL, "sft": {"beta": 3}}, ["sft.beta: unknown key here, did you mean 'sft.objective.beta'?"]),
+        ({**MINIMAL, "lr": 3}, ["lr: unknown key here, did you mean"]),
+        ({**MINIMAL, "sft": {"lr": "fast"}, "rl": {"group_size": 1}}, ["sft.lr:", "'fast'", "rl.group_size:", "(got 1)"]),
+        ({**MINIMAL, "sft": {"lr": float("nan")}}, ["sft.lr:"]),
+        ({**MINIMAL, "sft": {"objective": "gfit"}}, ["sft.objective: unknown objective 'gfit', did you mean 'gift'?"]),
+        ({**MINIMAL, "sft": {"objective": {"name": "gift", "beta": -1}}}, ["sft.objective: beta must be"]),
+        ({**MINIMAL, "sft": {"batch": 10, "micro_batch": 4}}, ["sft: batch (10) must be a multiple of micro_batch (4)"]),
+        ({**MINIMAL, "rl": {"prompts": 10, "update_prompts": 4}}, ["rl: prompts (10) must be a multiple"]),
+        ({**MINIMAL, "rl": {"micro_batch": 7}}, ["must be a multiple of micro_batch (7)"]),
+        ({**MINIMAL, "eval": {"samples": 4, "k": [8]}}, ["eval: pass@8 needs at least 8 samples"]),
+        ({"model": "m", "data": {"source": "jsonl"}}, ["the eval stage reads data.test"]),
+        ({"model": "m", "data": {"source": "hub"}}, ["data: input tag 'hub'"]),
+        ({"data": {"source": "arithmetic"}}, ["model: required"]),
+    ],
+)
+def test_wrong_recipes_are_told(table: dict, messages: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse(table)
+    for message in messages:
+        assert message in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('model = "m"\n[data]\nsource = "arithmetic"\n[sft]\nobjective = { name = "gift", beta = 9 }\n')
+    assert load(path, ["sft.lr=2e-5", "model=other", "eval.k=[1, 2]", "data.system=Be brief."]).model == "other"
+    assert load(path, ["data.system=Be brief."]).data.system == "Be brief."
+    assert load(path, ["sft.objective.beta=3"]).sft.objective.hyper == {"beta": 3}
+    # a new objective starts from its own defaults, whatever the order; what is overridden beside it stays
+    assert load(path, ["sft.objective.name=sft"]).sft.objective.hyper == {}
+    made = load(path, ["sft.objective.smoothing=0.1", "sft.objective.beta=4", "sft.objective.name=gift"])
+    assert made.sft.objective.hyper == {"smoothing": 0.1, "beta": 4}
+    for wrong in ("sft.lr", "=3", "model.name=x"):
+        with pytest.raises(RecipeError):
+            load(path, [wrong])
+
+
+def test_missing_and_broken_files_are_told(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="did you mean 'demo'"):
+        load("dmo.toml")
+    (tmp_path / "b.toml").write_text("model =")
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        load(tmp_path / "b.toml")
+    with pytest.raises(RecipeError, match="cannot read"):
+        load(tmp_path)
+
+
+def test_recipes_travel_with_the_package() -> None:
+    assert {p.stem for p in (Path(__file__).parents[1] / "recipes").glob("*.toml")} == set(recipes.shipped())

@@ -1,0 +1,102 @@
+"""The frozen surface: changing what a user can type is a decision, with a CHANGELOG line."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+import heatbath
+from heatbath import cli, recipe
+from heatbath.errors import HeatbathError
+
+STAGE_OPTIONS = ["--dry-run", "--json", "--out", "--verbose", "-v"]
+COMMANDS = {
+    "run": STAGE_OPTIONS,
+    "sft": STAGE_OPTIONS,
+    "rl": STAGE_OPTIONS,
+    "eval": STAGE_OPTIONS,
+    "report": ["--json"],
+    "recipes": ["--json"],
+    "doctor": ["--json"],
+}
+KEYS = """
+data.demos data.digits data.fields.answer data.fields.question data.fields.solution data.operations data.paths
+data.prompts data.source data.system data.test data.validation
+eval.batch eval.k eval.max_new_tokens eval.samples eval.temperature
+model precision
+reward.deadline reward.workers
+rl.adam_betas rl.clip rl.epochs rl.group_size rl.kl_every rl.lr rl.max_grad_norm rl.max_new_tokens rl.max_steps
+rl.micro_batch rl.policy rl.prompts rl.schedule rl.temperature rl.update_prompts rl.warmup_steps rl.weight_decay
+seed
+sft.adam_betas sft.batch sft.epochs sft.log_every sft.lr sft.max_grad_norm sft.max_length sft.micro_batch
+sft.objective.name sft.reduction sft.schedule sft.warmup_steps sft.weight_decay
+""".split()
+PUBLIC = """
+FrozenBase HeatbathError MathGrader Objective ObjectiveTrainer PolicyTrainer TokenStats Verdict dense_loss linear_loss
+mean_with_interval objective paired_difference pass_at_k policy
+""".split()
+SOURCE = Path(heatbath.__file__).parent
+
+
+def test_commands_and_options() -> None:
+    group = typer.main.get_command(cli.app)
+    found = {
+        name: sorted(o for p in command.params for o in (*p.opts, *p.secondary_opts) if o.startswith("-"))
+        for name, command in group.commands.items()
+    }
+    assert found == COMMANDS
+
+
+def test_recipe_keys() -> None:
+    assert recipe.surface() == sorted(KEYS)
+
+
+def test_public_names_resolve() -> None:
+    assert sorted(heatbath.__all__) == sorted(PUBLIC) and len(PUBLIC) <= 25
+    for name in PUBLIC:
+        assert getattr(heatbath, name).__module__.startswith("heatbath.")
+
+
+def test_importing_heatbath_and_listing_commands_imports_no_torch() -> None:
+    code = "import sys, heatbath, heatbath.cli, heatbath.recipe; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_ideas_import_nothing_but_ideas_and_numbers() -> None:
+    allowed = {"torch", "numpy", "scipy", "heatbath.ideas"}
+    for path in (SOURCE / "ideas").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                known = name.partition(".")[0] in sys.stdlib_module_names or name.partition(".")[0] in allowed
+                assert known or name.startswith("heatbath.ideas"), f"{path.name} imports {name}"
+
+
+def test_objectives_are_chosen_by_table_not_by_name_in_a_trainer() -> None:
+    for path in (SOURCE / "stages").glob("*.py"):
+        constants = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
+        assert not constants & {"gift", "kd", "dft"}, path.name
+
+
+def test_nothing_evaluates_text() -> None:
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in {"eval", "exec", "sympify", "parse_expr"}, path.name
+
+
+@pytest.mark.parametrize("limit", [500])
+def test_files_stay_readable(limit: int) -> None:
+    for path in SOURCE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= limit, path.name
+        assert path.stem not in {"utils", "helpers", "manager", "base", "misc", "common"}
+
+
+def test_errors_say_what_where_and_what_to_do() -> None:
+    text = str(HeatbathError("it broke", "sft.lr", "lower it"))
+    assert text == "it broke\n  where:  sft.lr\n  remedy: lower it"
