@@ -32,7 +32,14 @@ def test_defaults_are_the_papers() -> None:
 
 def test_a_resolved_recipe_reads_back_as_itself() -> None:
     text = 'Say "yes"\\no\n\ttab \x01 ünï'
-    made = parse({**MINIMAL, "data": {"source": "arithmetic", "system": text}, "sft": {"objective": {"name": "gift", "beta": 7}}, "rl": {}})
+    made = parse(
+        {
+            **MINIMAL,
+            "data": {"source": "arithmetic", "system": text},
+            "sft": {"objective": {"name": "gift", "beta": 7}},
+            "rl": {},
+        }
+    )
     assert parse(tomllib.loads(as_toml(made))) == made
 
 
@@ -40,14 +47,23 @@ def test_a_resolved_recipe_reads_back_as_itself() -> None:
     ("table", "messages"),
     [
         ({**MINIMAL, "sfx": {}}, ["sfx: unknown key, did you mean 'sft'?"]),
-        ({**MINIMAL, "data": {"source": "arithmetic", "digts": 2}}, ["data.digts: unknown key, did you mean 'digits'?"]),
+        (
+            {**MINIMAL, "data": {"source": "arithmetic", "digts": 2}},
+            ["data.digts: unknown key, did you mean 'digits'?"],
+        ),
         ({**MINIMAL, "sft": {"beta": 3}}, ["sft.beta: unknown key here, did you mean 'sft.objective.beta'?"]),
         ({**MINIMAL, "lr": 3}, ["lr: unknown key here, did you mean"]),
-        ({**MINIMAL, "sft": {"lr": "fast"}, "rl": {"group_size": 1}}, ["sft.lr:", "'fast'", "rl.group_size:", "(got 1)"]),
+        (
+            {**MINIMAL, "sft": {"lr": "fast"}, "rl": {"group_size": 1}},
+            ["sft.lr:", "'fast'", "rl.group_size:", "(got 1)"],
+        ),
         ({**MINIMAL, "sft": {"lr": float("nan")}}, ["sft.lr:"]),
         ({**MINIMAL, "sft": {"objective": "gfit"}}, ["sft.objective: unknown objective 'gfit', did you mean 'gift'?"]),
         ({**MINIMAL, "sft": {"objective": {"name": "gift", "beta": -1}}}, ["sft.objective: beta must be"]),
-        ({**MINIMAL, "sft": {"batch": 10, "micro_batch": 4}}, ["sft: batch (10) must be a multiple of micro_batch (4)"]),
+        (
+            {**MINIMAL, "sft": {"batch": 10, "micro_batch": 4}},
+            ["sft: batch (10) must be a multiple of micro_batch (4)"],
+        ),
         ({**MINIMAL, "rl": {"prompts": 10, "update_prompts": 4}}, ["rl: prompts (10) must be a multiple"]),
         ({**MINIMAL, "rl": {"micro_batch": 7}}, ["must be a multiple of micro_batch (7)"]),
         ({**MINIMAL, "eval": {"samples": 4, "k": [8]}}, ["eval: pass@8 needs at least 8 samples"]),

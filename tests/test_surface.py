@@ -22,22 +22,77 @@ COMMANDS = {
     "recipes": ["--json"],
     "doctor": ["--json"],
 }
-KEYS = """
-data.demos data.digits data.fields.answer data.fields.question data.fields.solution data.operations data.paths
-data.prompts data.source data.system data.test data.validation
-eval.batch eval.k eval.max_new_tokens eval.samples eval.temperature
-model precision
-reward.deadline reward.workers
-rl.adam_betas rl.clip rl.epochs rl.group_size rl.kl_every rl.lr rl.max_grad_norm rl.max_new_tokens rl.max_steps
-rl.micro_batch rl.policy rl.prompts rl.schedule rl.temperature rl.update_prompts rl.warmup_steps rl.weight_decay
-seed
-sft.adam_betas sft.batch sft.epochs sft.log_every sft.lr sft.max_grad_norm sft.max_length sft.micro_batch
-sft.objective.name sft.reduction sft.schedule sft.warmup_steps sft.weight_decay
-""".split()
-PUBLIC = """
-FrozenBase HeatbathError MathGrader Objective ObjectiveTrainer PolicyTrainer TokenStats Verdict dense_loss linear_loss
-mean_with_interval objective paired_difference pass_at_k policy
-""".split()
+KEYS = [
+    "data.demos",
+    "data.digits",
+    "data.fields.answer",
+    "data.fields.question",
+    "data.fields.solution",
+    "data.operations",
+    "data.paths",
+    "data.prompts",
+    "data.source",
+    "data.system",
+    "data.test",
+    "data.validation",
+    "eval.batch",
+    "eval.k",
+    "eval.max_new_tokens",
+    "eval.samples",
+    "eval.temperature",
+    "model",
+    "precision",
+    "reward.deadline",
+    "reward.workers",
+    "rl.adam_betas",
+    "rl.clip",
+    "rl.epochs",
+    "rl.group_size",
+    "rl.kl_every",
+    "rl.lr",
+    "rl.max_grad_norm",
+    "rl.max_new_tokens",
+    "rl.max_steps",
+    "rl.micro_batch",
+    "rl.policy",
+    "rl.prompts",
+    "rl.schedule",
+    "rl.temperature",
+    "rl.update_prompts",
+    "rl.warmup_steps",
+    "rl.weight_decay",
+    "seed",
+    "sft.adam_betas",
+    "sft.batch",
+    "sft.epochs",
+    "sft.log_every",
+    "sft.lr",
+    "sft.max_grad_norm",
+    "sft.max_length",
+    "sft.micro_batch",
+    "sft.objective.name",
+    "sft.reduction",
+    "sft.schedule",
+    "sft.warmup_steps",
+    "sft.weight_decay",
+]
+PUBLIC = [
+    "FrozenBase",
+    "HeatbathError",
+    "MathGrader",
+    "Objective",
+    "ObjectiveTrainer",
+    "PolicyTrainer",
+    "TokenStats",
+    "Verdict",
+    "dense_loss",
+    "linear_loss",
+    "mean_with_interval",
+    "objective",
+    "paired_difference",
+    "pass_at_k",
+    "policy",
+]
 SOURCE = Path(heatbath.__file__).parent
 
 
@@ -61,7 +116,9 @@ def test_public_names_resolve() -> None:
 
 
 def test_importing_heatbath_and_listing_commands_imports_no_torch() -> None:
-    code = "import sys, heatbath, heatbath.cli, heatbath.recipe; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, heatbath.cli, heatbath.recipe; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

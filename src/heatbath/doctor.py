@@ -16,7 +16,9 @@ def examine() -> dict[str, Any]:
     """Versions against the tested ranges, device and precision, the bundled model, optional tools."""
     import torch
 
-    packages = [_package(Requirement(text)) for text in importlib.metadata.requires("heatbath") or [] if "extra" not in text]
+    packages = [
+        _package(Requirement(text)) for text in importlib.metadata.requires("heatbath") or [] if "extra" not in text
+    ]
     gpu = torch.cuda.is_available()
     return {
         "ok": all(p["ok"] for p in packages),

@@ -195,7 +195,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe: {error}", str(path), "heatbath recipes lists the shipped ones") from None
+        raise RecipeError(
+            f"cannot read the recipe: {error}", str(path), "heatbath recipes lists the shipped ones"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"not valid TOML: {error}", str(file), "see https://toml.io") from None
     for override in sorted(overrides or [], key=lambda o: not o.partition("=")[0].endswith("objective.name")):

@@ -3,8 +3,8 @@
 import importlib.util
 
 import pytest
-from conftest import small_tokenizer
 
+from conftest import small_tokenizer
 from heatbath import models
 from heatbath.data.rendering import IGNORE, messages, prompt_ids, render
 from heatbath.data.rows import Row

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import trl
-from conftest import small_model, small_tokenizer
 from datasets import Dataset
 
+from conftest import small_model, small_tokenizer
 from heatbath import recipe as recipes
 from heatbath.data import rendering, sources
 from heatbath.errors import DataError, RunError
@@ -136,7 +136,15 @@ def test_kl_to_the_start_is_zero_at_the_start_and_then_grows(tmp_path: Path) -> 
     logs = [row for row in trainer.state.log_history if "reward" in row]
     assert logs[0]["kl_init"] == 0.0 and logs[-1]["kl_init"] > 1e-4
     assert all("loss" not in row for row in logs)
-    expected = {"reward", "informative_share", "entropy", "clip_share", "truncated_share", "completion_tokens", "kl_init"}
+    expected = {
+        "reward",
+        "informative_share",
+        "entropy",
+        "clip_share",
+        "truncated_share",
+        "completion_tokens",
+        "kl_init",
+    }
     assert all(expected <= set(row) for row in logs)
 
 

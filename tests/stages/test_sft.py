@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import trl
-from conftest import small_model, small_tokenizer
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from conftest import small_model, small_tokenizer
 from heatbath import recipe as recipes
 from heatbath.data import arithmetic
 from heatbath.data.rendering import render

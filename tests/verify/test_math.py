@@ -35,7 +35,14 @@ def test_extraction(text: str, answer: str | None, rule: str) -> None:
 
 
 def test_extraction_is_linear_on_hostile_text() -> None:
-    for text in (r"\boxed{" * 20_000, "{" * 100_000, "####" * 50_000, "answer is " * 30_000, "1," * 100_000, "answer is" + "\n" * 20_000):
+    for text in (
+        r"\boxed{" * 20_000,
+        "{" * 100_000,
+        "####" * 50_000,
+        "answer is " * 30_000,
+        "1," * 100_000,
+        "answer is" + "\n" * 20_000,
+    ):
         started = time.perf_counter()
         extract(text)
         assert time.perf_counter() - started < 5  # a hang guard, not a speed claim

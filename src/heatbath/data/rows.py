@@ -22,7 +22,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Splits:
-    """What a run reads: demonstrations and validation demonstrations for SFT, prompts for RL, problems for evaluation."""
+    """What a run reads: demonstrations for SFT and its validation, prompts for RL, problems for evaluation."""
 
     demos: list[Row]
     validation: list[Row]

@@ -35,7 +35,9 @@ def _arithmetic(data: ArithmeticData, seed: int) -> Splits:
     try:
         rows = arithmetic.rows(data.digits, tuple(data.operations), tuple(data.paths), sum(sizes), seed)
     except ValueError as error:
-        raise DataError(str(error), "data.test + data.validation + data.demos + data.prompts", "ask for fewer") from None
+        raise DataError(
+            str(error), "data.test + data.validation + data.demos + data.prompts", "ask for fewer"
+        ) from None
     parts, start = [], 0
     for size in sizes:
         parts.append(rows[start : start + size])
@@ -65,7 +67,9 @@ def read_jsonl(path: Path, fields: dict[str, str], need: tuple[str, ...], key: s
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}", key, "check the path; it is relative to the working folder") from None
+        raise DataError(
+            f"cannot read {path}: {error}", key, "check the path; it is relative to the working folder"
+        ) from None
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

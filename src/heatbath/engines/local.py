@@ -46,7 +46,9 @@ def sample(
         rows = order[start : start + batch]
         width = max(len(prompts[i]) for i in rows)
         ids = torch.tensor([[pad_id] * (width - len(prompts[i])) + prompts[i] for i in rows], device=model.device)
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=model.device)
+        mask = torch.tensor(
+            [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=model.device
+        )
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,

@@ -111,7 +111,7 @@ def label_logps(hidden: Tensor, head: Tensor, labels: Tensor, *, chunk: int | No
     valid = (labels != IGNORE).nonzero().squeeze(-1)
     project = _Projection(hidden, head)
     with torch.no_grad():
-        for rows in valid.split(chunk or _chunk_size(head)):
+        for rows in torch.split(valid, chunk or _chunk_size(head)):
             logp = project.log_softmax(hidden[rows], labels[rows])
             out[rows] = logp.gather(-1, labels[rows, None]).squeeze(-1)
     return out
@@ -140,7 +140,8 @@ class _LinearLoss(torch.autograd.Function):
         dh = torch.zeros_like(hidden) if need_dh else None
         dw = torch.zeros_like(head, dtype=project.accumulate) if need_dw else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        for rows in torch.arange(len(run.labels), device=hidden.device).split(run.chunk or _chunk_size(head)):
+        everything = torch.arange(len(run.labels), device=hidden.device)
+        for rows in torch.split(everything, run.chunk or _chunk_size(head)):
             y, h = run.labels[rows], hidden[rows]
             logp = project.log_softmax(h, y)  # [C, V]
             ref = None if base is None or run.ref_hidden is None else base.log_softmax(run.ref_hidden[rows], y)
@@ -153,7 +154,7 @@ class _LinearLoss(torch.autograd.Function):
         return total.to(project.accumulate)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         dh, dw = (None if g is None else g * upstream[0].to(g.dtype) for g in ctx.saved_tensors)
         return dh, dw, None
@@ -310,7 +311,9 @@ def _record(
 
 def _require_reference(objective: Objective, present: bool) -> None:
     if needs_reference(objective) and not present:
-        raise ValueError(f"{type(objective).__name__} reads the base model: pass its hidden states and head (or logits)")
+        raise ValueError(
+            f"{type(objective).__name__} reads the base model: pass its hidden states and head (or logits)"
+        )
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:

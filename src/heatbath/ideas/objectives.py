@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -28,9 +28,8 @@ STATS = DIFFERENTIABLE + CONSTANT
 REFERENCE_STATS = frozenset({"ref_ce", "rev_ce", "ref_logp", "ref_entropy"})
 
 
-@dataclass
 class TokenStats:
-    """What an objective may read about each supervised token; every field is [N] or None when nobody asked for it.
+    """What an objective may read about each supervised token; every statistic is [N] and there only if asked for.
 
     logp         log π(y)                                differentiable
     entropy      H(π) = −Σ_v π(v) log π(v)               differentiable
@@ -40,29 +39,30 @@ class TokenStats:
     ref_logp     log p_base(y); its negative is the *surprise*, constant
     ref_entropy  H(p_base)                               constant
 
-    Any other attribute is looked up among the caller's `columns` (`old_logp`, `advantage`, `beta`, ...).
+    Any other attribute is looked up among the caller's `columns` (`old_logp`, `advantage`, `beta`, ...). Reading what
+    is not there raises AttributeError with what to do.
     """
 
-    logp: Tensor | None = None
-    entropy: Tensor | None = None
-    mean_logp: Tensor | None = None
-    ref_ce: Tensor | None = None
-    rev_ce: Tensor | None = None
-    ref_logp: Tensor | None = None
-    ref_entropy: Tensor | None = None
-    vocab_size: int = 0
-    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    logp: Tensor
+    entropy: Tensor
+    mean_logp: Tensor
+    ref_ce: Tensor
+    rev_ce: Tensor
+    ref_logp: Tensor
+    ref_entropy: Tensor
 
-    def __getattribute__(self, name: str) -> Tensor:
-        value = object.__getattribute__(self, name)
-        if value is None:
-            raise AttributeError(name)  # Python then asks __getattr__, which says what is missing
-        return value  # type: ignore[no-any-return]
+    def __init__(self, *, vocab_size: int = 0, columns: Mapping[str, Tensor] | None = None, **stats: Tensor):
+        self.vocab_size = vocab_size
+        self.columns = dict(columns or {})
+        for name, value in stats.items():
+            if name not in STATS:
+                raise TypeError(f"'{name}' is no statistic; pass it in `columns`")
+            setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Tensor:
         if name in STATS:
             raise AttributeError(f"the statistic '{name}' was not computed: add it to the objective's `needs`")
-        columns: Mapping[str, Tensor] = object.__getattribute__(self, "columns")
+        columns: dict[str, Tensor] = self.__dict__.get("columns", {})
         if name in columns:
             return columns[name]
         raise AttributeError(f"no statistic or column named '{name}' (statistics: {', '.join(STATS)})")

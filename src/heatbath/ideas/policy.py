@@ -41,7 +41,7 @@ class Policy:
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """k3 estimate of KL(π ‖ π_ref) per token from samples of π: e^{−d} − 1 + d with d = log π − log π_ref; never < 0."""
+    """k3 estimate of KL(π ‖ π_ref) per token sampled from π: e^{−d} − 1 + d, d = log π − log π_ref; never < 0."""
     d = logp - ref_logp
     return torch.expm1(-d) + d
 

@@ -44,6 +44,7 @@ STYLE = {
 }
 
 
+@matplotlib.rc_context(STYLE)
 def pass_at_k(results: dict[str, Any]) -> str:
     """pass@k of each policy with its 95 % interval."""
     policies = results["policies"]
@@ -69,6 +70,7 @@ def pass_at_k(results: dict[str, Any]) -> str:
     return _svg(figure, "pass@k of each policy with 95 % intervals; the table beside it holds the numbers")
 
 
+@matplotlib.rc_context(STYLE)
 def surprise(profile: dict[str, Any]) -> str:
     """Histogram of the base's surprise at the demonstrations, with w at this run's β, or at the suggested one."""
     counts = np.array(profile["histogram"], dtype=float)
@@ -96,6 +98,7 @@ def surprise(profile: dict[str, Any]) -> str:
     return _svg(figure, f"surprise histogram of {profile['tokens']} tokens with the curve of w at β = {beta:.3g}")
 
 
+@matplotlib.rc_context(STYLE)
 def sft_curves(rows: list[dict[str, Any]]) -> str:
     """Training and validation NLL over optimizer steps, and entropy."""
     train = [r for r in rows if "nll" in r]
@@ -103,7 +106,9 @@ def sft_curves(rows: list[dict[str, Any]]) -> str:
     figure, (left, right) = _figure(2, width=6.4, height=2.4)
     left.plot([r["step"] for r in train], [r["nll"] for r in train], color=COLOURS["init"], alpha=0.55, label="train")
     if val:
-        left.plot([r["step"] for r in val], [r["val/nll"] for r in val], "o-", color=COLOURS["init"], label="validation")
+        left.plot(
+            [r["step"] for r in val], [r["val/nll"] for r in val], "o-", color=COLOURS["init"], label="validation"
+        )
         left.legend()
     left.set(title="NLL per token (nats)", xlabel="optimizer step")
     right.plot([r["step"] for r in train], [r["entropy"] for r in train], color=COLOURS["init"])
@@ -112,6 +117,7 @@ def sft_curves(rows: list[dict[str, Any]]) -> str:
     return _svg(figure, "training curves of the warm start")
 
 
+@matplotlib.rc_context(STYLE)
 def rl_curves(rows: list[dict[str, Any]]) -> str:
     """What matters in RL, over optimizer steps: never a bare loss."""
     panels = (
@@ -138,11 +144,9 @@ def rl_curves(rows: list[dict[str, Any]]) -> str:
 
 
 def _figure(panels: int, *, width: float, height: float, columns: int | None = None) -> tuple[Figure, list[Axes]]:
-    with matplotlib.rc_context(STYLE):
-        columns = columns or panels
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(-(-panels // columns), columns, squeeze=False)
-    return figure, list(axes.flat)
+    columns = columns or panels
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(-(-panels // columns), columns, squeeze=False).flat)
 
 
 def _from_zero(*axes: Axes) -> None:
@@ -152,8 +156,7 @@ def _from_zero(*axes: Axes) -> None:
 
 def _svg(figure: Figure, description: str) -> str:
     buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -91,15 +91,15 @@ def _verdict(results: dict[str, Any]) -> str:
     for d in results["differences"]:
         if str(d["k"]) == k and d["low"] is not None:
             decided = "decided" if d["low"] > 0 or d["high"] < 0 else "not decided"
-            said.append(f"{d['from']} → {d['to']} {tables.interval(d, signed=True)}, {decided}.")
+            said.append(f"{d['from']} → {d['to']} {tables.interval(d, signed=True, digits=2)}, {decided}.")
     return " ".join(said)
 
 
 def _conditions(recipe: recipes.Recipe, results: dict[str, Any]) -> str:
     first = next(iter(results["policies"].values()))
     return (
-        f"{first['problems']} problems × {recipe.eval.samples} samples of each policy, T = {recipe.eval.temperature:g}, "
-        f"at most {recipe.eval.max_new_tokens} tokens; pass@k unbiased."
+        f"{first['problems']} problems × {recipe.eval.samples} samples of each policy, "
+        f"T = {recipe.eval.temperature:g}, at most {recipe.eval.max_new_tokens} tokens; pass@k unbiased."
     )
 
 
@@ -123,10 +123,7 @@ def _surprise_text(profile: dict[str, Any]) -> str:
         reading = "enough that the start may be neither base nor expert."
     else:
         reading = "between 0.1 % and 5 %, where GIFT differs from SFT without losing the demonstrations."
-    return (
-        f"β = {beta:g} was chosen from this histogram, not by its effect on the score. It leaves {share:.2%} of the "
-        f"supervised tokens to the base (w < 0.5): {reading} {tail}"
-    )
+    return f"β = {beta:g} leaves {share:.2%} of the supervised tokens to the base (w < 0.5): {reading} {tail}"
 
 
 def _sft_caption(rows: list[dict[str, Any]]) -> str:
@@ -170,7 +167,9 @@ def _caveats(run: Run, results: dict[str, Any] | None, surprise: dict[str, Any] 
     recipe = run.recipe
     said = ["One training seed. Seeds can differ by more than methods do; compare several before believing a ranking."]
     if recipe.sft and recipe.rl:
-        said.append("No direct RL from the base stands beside this run, so it does not show that the warm start helped.")
+        said.append(
+            "No direct RL from the base stands beside this run, so it does not show that the warm start helped."
+        )
     if results:
         for name, found in results["policies"].items():
             if found["truncated_share"] > 0.05:
@@ -179,18 +178,15 @@ def _caveats(run: Run, results: dict[str, Any] | None, surprise: dict[str, Any] 
                     f"{recipe.eval.max_new_tokens} tokens; a longer limit could raise its score."
                 )
             if found["grader_failures"]:
-                said.append(f"{found['grader_failures']} completions of {name} could not be graded and count as not right.")
+                said.append(
+                    f"{found['grader_failures']} completions of {name} could not be graded and count as not right."
+                )
         if recipe.data.source == "arithmetic":
             said.append("The base is scored by the last number it writes, so it is not punished for its format.")
-    if surprise and surprise["rows"] < recipe_rows(run):
+    if surprise and surprise["rows"] < surprise["demonstrations"]:
         said.append(f"The surprise histogram covers the first {surprise['rows']} demonstrations.")
     said.append(f"Sampling and training ran in {recipe.precision} precision; another machine gives other samples.")
     return said
-
-
-def recipe_rows(run: Run) -> int:
-    """Demonstrations the recipe names, 0 where only reading the file would tell."""
-    return run.recipe.data.demos if run.recipe.data.source == "arithmetic" else 0
 
 
 def _facts(run: Run, env: dict[str, Any]) -> list[tuple[str, str]]:
@@ -198,17 +194,12 @@ def _facts(run: Run, env: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [("model", recipe.model)]
     if recipe.sft:
         s = recipe.sft
-        facts.append(
-            ("warm start", f"{_objective(recipe)}, lr {s.lr:g}, {s.epochs:g} epochs, batch {s.batch}, {s.reduction}")
-        )
+        told = f"{_objective(recipe)}, lr {s.lr:g}, {s.epochs:g} epochs, batch {s.batch}, {s.reduction}"
+        facts.append(("warm start", told))
     if recipe.rl:
         r = recipe.rl
-        facts.append(
-            (
-                "RL",
-                f"{r.policy}, lr {r.lr:g}, {r.prompts} prompts × {r.group_size} completions, clip {r.clip:g}, T {r.temperature:g}",
-            )
-        )
+        told = f"{r.policy}, lr {r.lr:g}, {r.prompts} prompts × {r.group_size} completions, clip {r.clip:g}"
+        facts.append(("RL", f"{told}, T = {r.temperature:g}"))
     times = [r["time"] for stage in ("sft", "rl") for r in run.metrics(stage)]
     if times:
         facts.append(("training time", f"{(max(times) - min(times)) / 60:.1f} minutes from first to last logged step"))

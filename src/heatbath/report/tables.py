@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 
-def interval(estimate: dict[str, Any], *, signed: bool = False) -> str:
-    """`0.74 [0.68, 0.80]`, with a sign for a difference."""
-    form = "+.3f" if signed else ".3f"
+def interval(estimate: dict[str, Any], *, signed: bool = False, digits: int = 3) -> str:
+    """`0.740 [0.680, 0.800]`, with a sign for a difference."""
+    form = f"{'+' if signed else ''}.{digits}f"
     if estimate["low"] is None:
         return f"{estimate['mean']:{form}} (one problem, no interval)"
     return f"{estimate['mean']:{form}} [{estimate['low']:{form}}, {estimate['high']:{form}}]"

@@ -6,6 +6,7 @@ Each sample is kept in samples.jsonl with its verdict; results.json holds the es
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 from collections import Counter
 from dataclasses import asdict
@@ -116,7 +117,7 @@ def summarise(samples: dict[str, list[dict[str, Any]]], ks: list[int]) -> dict[s
 
 def _differences(per_problem: dict[str, tuple[Any, Any]], ks: list[int]) -> list[dict[str, Any]]:
     names = list(per_problem)
-    pairs = list(zip(names, names[1:], strict=False))
+    pairs = list(itertools.pairwise(names))
     if len(names) == 3:
         pairs.append((names[0], names[2]))
     return [

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from heatbath.reference import FrozenBase
 
 # Config keys by which some families transform the logits after the head; the engine multiplies by the head alone.
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+LOGIT_TRANSFORMS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
+)
 
 
 def add_objective_forward(model: PreTrainedModel) -> None:

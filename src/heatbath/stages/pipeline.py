@@ -29,7 +29,7 @@ def run_all(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """What a run of the recipe would do, after reading its data and rendering its demonstrations: rows, tokens, steps."""
+    """What a run would do (rows, tokens, steps), after reading its data and rendering its demonstrations."""
     from heatbath import models
     from heatbath.data import sources
     from heatbath.stages.rl import total_steps

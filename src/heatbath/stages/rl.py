@@ -221,7 +221,9 @@ def verdict_reward(grader: MathGrader) -> Callable[..., list[float | None]]:
     Needs a `gold` column beside `prompt`.
     """
 
-    def reward(completions: list[Any], gold: list[str], log_metric: Callable[..., None], **_: Any) -> list[float | None]:
+    def reward(
+        completions: list[Any], gold: list[str], log_metric: Callable[..., None], **_: Any
+    ) -> list[float | None]:
         texts = [completion[0]["content"] for completion in completions]
         verdicts = grader.grade(texts, gold)
         counts = Counter(verdict.status for verdict in verdicts)

@@ -122,7 +122,9 @@ def run_sft(run: Run, recipe: Recipe, progress: Progress) -> None:
         demos = render_all(tokenizer, splits.demos, recipe, "demos")
         validation = render_all(tokenizer, splits.validation, recipe, "validation") if splits.validation else []
         if cut := sum(row.truncated for row in demos):
-            progress.say(f"warning: {cut} of {len(demos)} demonstrations are cut at {settings.max_length} tokens, without EOS")
+            progress.say(
+                f"warning: {cut} of {len(demos)} demonstrations are cut at {settings.max_length} tokens, without EOS"
+            )
         model = models.load_model(recipe.model, torch.float32)
         base = FrozenBase(copy.deepcopy(model))
         goal = objective(settings.objective.name, **settings.objective.hyper)
@@ -134,7 +136,8 @@ def run_sft(run: Run, recipe: Recipe, progress: Progress) -> None:
         )
         betas = [*PROFILE_BETAS, *([goal.beta] if isinstance(goal, Gift) else [])]
         found = profile(measured, nats, tokenizer, betas)
-        run.write_json("surprise.json", {**found, "objective": settings.objective.model_dump()})
+        extra = {"demonstrations": len(demos), "objective": settings.objective.model_dump()}
+        run.write_json("surprise.json", {**found, **extra})
         progress.say(describe_profile(found, goal))
 
         trainer = build_trainer(run, recipe, model, tokenizer, goal, base, demos, validation)
@@ -221,4 +224,3 @@ def describe_profile(found: dict[str, Any], goal: Objective) -> str:
 
 def _dataset(rows: list[Rendered]) -> Dataset:
     return Dataset.from_list([{"input_ids": r.input_ids, "labels": r.labels} for r in rows])
-

@@ -36,7 +36,9 @@ class WorkerPool:
         """Outcome and seconds of each task, in order; a deadline is `timeout`, a dead or raising worker `crashed`."""
         if not tasks:
             return []
-        futures = [self._started().schedule(_timed, args=(self.function, task), timeout=self.deadline) for task in tasks]
+        futures = [
+            self._started().schedule(_timed, args=(self.function, task), timeout=self.deadline) for task in tasks
+        ]
         results: list[tuple[Status, float]] = []
         for future in futures:
             started = time.perf_counter()

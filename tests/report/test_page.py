@@ -1,0 +1,125 @@
+"""The report in a real browser: self-contained, quiet, readable on a phone and in the dark."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from heatbath import recipe as recipes
+from heatbath.report.page import write_report
+from heatbath.report.tables import difference_rows, markdown
+from heatbath.run import Run
+from heatbath.stages.evaluate import summarise
+
+HOSTILE = "<script>document.title='owned'</script><img src=x onerror=alert(1)> </pre> \\u202e 5"
+
+
+def sample(policy: str, problem: int, right: bool) -> dict:
+    return {
+        "policy": policy,
+        "problem": f"p{problem}",
+        "question": f"What is {problem} + 1?",
+        "gold": str(problem + 1),
+        "completion": str(problem + 1) if right else HOSTILE,
+        "tokens": 5,
+        "finished": right,
+        "status": "right" if right else "wrong",
+    }
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run whose files are written here: three policies, 12 problems × 8 samples."""
+    recipe = recipes.parse(
+        {
+            "model": "m",
+            "data": {"source": "arithmetic"},
+            "sft": {"objective": {"name": "gift", "beta": 7.5}},
+            "rl": {},
+        }
+    )
+    run = Run.create(tmp_path_factory.mktemp("report") / "run", recipe)
+    for policy, share in (("base", 1), ("init", 4), ("final", 6)):
+        run.add_samples([sample(policy, q, i < share + q % 2) for q in range(12) for i in range(8)])
+    run.write_json("results.json", summarise({p: run.samples(p) for p in run.policies}, [1, 8]))
+    betas = [
+        {"beta": b, "w_below_0.99": 0.2, "w_below_0.5": 0.02, "w_below_0.1": 0.001, "keep": 0.01} for b in (5.0, 7.5)
+    ]
+    profile = {
+        "tokens": 100,
+        "rows": 10,
+        "demonstrations": 10,
+        "histogram": [60, 30, 9, 1, *[0] * 36],
+        "betas": betas,
+        "suggested_beta": 6.0,
+        "suggested_share": 0.02,
+        "most_surprising": [{"nats": 9.0, "before": "<b>", "token": HOSTILE}],
+        "objective": {"name": "gift", "beta": 7.5},
+    }
+    run.write_json("surprise.json", profile)
+    for step in range(3):
+        run.log("sft", step, {"nll": 1.0 / (step + 1), "entropy": 0.5, "tokens_per_second": 9.0})
+        run.log("sft", step, {"val/nll": 1.1 / (step + 1)})
+        share = {"informative_share": 0.5, "truncated_share": 0.1, "clip_share": 0.0}
+        run.log("rl", step + 1, {"reward": 0.2 * step, "entropy": 0.3, "kl_init": 0.01, "step_seconds": 1.0, **share})
+    return write_report(run)["html"]
+
+
+def test_the_page_in_a_browser(report: Path, needs) -> None:
+    chromium = needs("chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for width, scheme in ((1200, "light"), (390, "light"), (1200, "dark")):
+            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            noise, requests = [], []
+            page.on("console", lambda m, noise=noise: noise.append(m.text))
+            page.on("pageerror", lambda e, noise=noise: noise.append(str(e)))
+            page.on("request", lambda r, requests=requests: requests.append(r.url))
+            page.goto(report.as_uri())
+            assert requests == [report.as_uri()] and noise == []
+            assert page.title() == "GIFT (β = 7.5) warm start, then RL"  # and no script of a completion ran
+            assert page.locator("figure svg").count() == 4
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            ink, paper = (page.evaluate(f"getComputedStyle(document.body).{k}") for k in ("color", "backgroundColor"))
+            drawn = page.locator("figure svg text").first.evaluate("e => getComputedStyle(e).fill")
+            assert drawn != paper and ink != paper
+            page.locator("summary").first.click()
+            assert page.get_by_text("9.0 nats").is_visible()
+        browser.close()
+
+
+def test_markdown_and_json_say_the_same(report: Path) -> None:
+    results = json.loads((report.parent / "results.json").read_text())
+    told = json.loads((report.parent / "report.json").read_text())
+    text = (report.parent / "report.md").read_text()
+    assert told["results"] == results
+    for name, found in results["policies"].items():
+        assert f"{found['pass']['1']['mean']:.3f}" in text and name in text
+    assert markdown(difference_rows(results)) in text
+    assert "<script>" not in report.read_text()
+
+
+def test_differences_are_read_by_their_interval() -> None:
+    rows = difference_rows(
+        {
+            "differences": [
+                {"from": "a", "to": "b", "k": 1, "mean": 0.1, "low": 0.01, "high": 0.19},
+                {"from": "a", "to": "b", "k": 1, "mean": -0.1, "low": -0.19, "high": -0.01},
+                {"from": "a", "to": "b", "k": 1, "mean": 0.1, "low": -0.01, "high": 0.19},
+                {"from": "a", "to": "b", "k": 1, "mean": 0.1, "low": None, "high": None},
+            ]
+        }
+    )
+    assert [row[-1] for row in rows[1:]] == [
+        "b is better",
+        "b is worse",
+        "not decided by these data",
+        "one problem decides nothing",
+    ]
+
+
+def test_a_run_with_nothing_but_its_recipe_has_a_page_too(tmp_path: Path) -> None:
+    recipe = recipes.parse({"model": "m", "data": {"source": "arithmetic"}})
+    page = write_report(Run.create(tmp_path / "run", recipe))["html"].read_text()
+    assert "no warm start" in page and "<svg" not in page

@@ -1,0 +1,80 @@
+"""The command line: exit codes, and messages instead of tracebacks."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from heatbath import cli
+from heatbath.allocator import keep_freed_memory
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["heatbath", *arguments])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere.toml"], "no such recipe"),
+        (["run", "demo", "sft.lrr=3"], "sft.lrr: unknown key, did you mean 'lr'?"),
+        (["run", "demo", "sft.objective.beta=-2"], "beta must be a finite number ≥ 0"),
+        (["run", "demo", "data.source=jsonl"], "data.digits: unknown key"),
+        (["run", "demo", "model=/nowhere", "--dry-run"], "cannot load the model '/nowhere'"),
+        (["run", "demo", "data.demos=5000", "--dry-run"], "only 4095 exist"),
+        (["report", "nowhere"], "not a run"),
+    ],
+)
+def test_what_is_wrong_with_the_input_exits_2(monkeypatch, capsys, arguments: list[str], message: str) -> None:
+    assert call(monkeypatch, *arguments) == 2
+    out = capsys.readouterr()
+    assert message in out.err and "where:" in out.err and "remedy:" in out.err
+    assert "Traceback" not in out.err and out.out == ""
+
+
+def test_a_wrong_option_exits_2(monkeypatch, capsys) -> None:
+    assert call(monkeypatch, "run", "demo", "--nope") == 2
+
+
+def test_an_empty_dataset_is_named(monkeypatch, capsys, tmp_path: Path, small_base: Path) -> None:
+    code = call(monkeypatch, "run", "demo", f"model={small_base}", "data.demos=0", "--out", str(tmp_path / "r"))
+    assert code == 2 and "no demonstrations" in capsys.readouterr().err
+
+
+def test_a_nan_loss_exits_1_and_loses_nothing(monkeypatch, capsys, tmp_path: Path, small_base: Path) -> None:
+    # a step size that overflows float32 at once: the loss of the second step is not a number
+    tiny = [f"model={small_base}", "data.demos=32", "data.validation=0", "precision=fp32", "sft.lr=1e38"]
+    assert call(monkeypatch, "sft", "demo", *tiny, "--out", str(tmp_path / "r")) == 1
+    error = capsys.readouterr().err
+    assert "the loss is nan" in error and "step 2" in error and "lower sft.lr" in error
+    assert (tmp_path / "r" / "metrics.jsonl").is_file() and not (tmp_path / "r" / "checkpoints" / "init").exists()
+
+
+def test_interrupting_exits_130(monkeypatch, capsys) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_call", interrupted)
+    monkeypatch.setattr("heatbath.run.Run.create", lambda *_: None)
+    assert call(monkeypatch, "run", "demo") == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_recipes_and_doctor(monkeypatch, capsys) -> None:
+    assert call(monkeypatch, "recipes", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["demo"].startswith("heatbath run recipes/demo.toml")
+    assert call(monkeypatch, "doctor", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] and {"torch", "trl", "transformers"} <= {p["name"] for p in found["packages"]}
+    assert call(monkeypatch, "doctor") == 0
+    assert "tested" in capsys.readouterr().out
+
+
+def test_the_allocator_setting_is_accepted_where_it_applies() -> None:
+    assert keep_freed_memory() == (sys.platform == "linux")
