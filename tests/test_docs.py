@@ -14,7 +14,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 SHELL = [line for kind, body in BLOCKS if kind == "sh" for line in body.splitlines() if line and line[0] != "#"]
 MAKE_TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-SMALL = "precision=fp32 data.demos=8 data.validation=2 data.prompts=6 data.test=2 eval.samples=2 eval.k=[1] rl.group_size=2"
+SMALL = (
+    "precision=fp32 data.demos=8 data.validation=2 data.prompts=6 data.test=2 rl.group_size=2 rl.micro_batch=12 "
+    "eval.samples=2 eval.k=[1]"
+)
 TRAINING = {"run", "sft", "rl", "eval"}
 
 

@@ -43,7 +43,7 @@ def optimizer_arguments(settings: Optimizer, recipe: Recipe) -> dict[str, Any]:
 def require_finite(loss: torch.Tensor, where: str, remedy: str) -> None:
     """Raises RunError on a NaN or infinite loss, before it reaches the weights."""
     if not bool(torch.isfinite(loss)):
-        raise RunError(f"the loss is {float(loss)}", where, remedy)
+        raise RunError(f"the loss is {float(loss.detach())}", where, remedy)
 
 
 def log_to_run(trainer: Trainer, run: Run, stage: str, progress: Progress, show: tuple[str, ...]) -> None:
