@@ -28,6 +28,14 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["run", "demo", "data.source=jsonl"], "data.digits: unknown key"),
         (["run", "demo", "model=/nowhere", "--dry-run"], "cannot load the model '/nowhere'"),
         (["run", "demo", "data.demos=5000", "--dry-run"], "only 4095 exist"),
+        (["run", "demo", "seed.x.y=1"], "'seed' is not a table"),
+        (["run", "demo", "data.operations.x=1"], "data.operations: input should be a valid list"),
+        (["run", "demo", 'sft.objective.name="gfit"'], "unknown objective 'gfit', did you mean 'gift'?"),
+        (["run", "demo", "data.prompts=3", "--dry-run"], "3 prompts, but one generation takes rl.prompts = 6"),
+        (["run", "demo", "data.test=0", "--dry-run"], "no test problems"),
+        (["run", "demo", "eval.k=[]"], "eval.k: list should have at least 1 item"),
+        (["run", "demo", 'data.operations=["+", "+"]'], "data.operations: each may be named once"),
+        (["run", "demo", "sft.epochs=inf"], "sft.epochs: input should be a finite number"),
         (["report", "nowhere"], "not a run"),
     ],
 )
@@ -45,6 +53,7 @@ def test_a_wrong_option_exits_2(monkeypatch, capsys) -> None:
 def test_an_empty_dataset_is_named(monkeypatch, capsys, tmp_path: Path, small_base: Path) -> None:
     code = call(monkeypatch, "run", "demo", f"model={small_base}", "data.demos=0", "--out", str(tmp_path / "r"))
     assert code == 2 and "no demonstrations" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists(), "a wrong recipe must not use up the folder's name"
 
 
 def test_a_nan_loss_exits_1_and_loses_nothing(monkeypatch, capsys, tmp_path: Path, small_base: Path) -> None:
@@ -56,14 +65,14 @@ def test_a_nan_loss_exits_1_and_loses_nothing(monkeypatch, capsys, tmp_path: Pat
     assert (tmp_path / "r" / "metrics.jsonl").is_file() and not (tmp_path / "r" / "checkpoints" / "init").exists()
 
 
-def test_interrupting_exits_130(monkeypatch, capsys) -> None:
+def test_interrupting_exits_130(monkeypatch, capsys, tmp_path: Path, small_base: Path) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_call", interrupted)
-    monkeypatch.setattr("heatbath.run.Run.create", lambda *_: None)
-    assert call(monkeypatch, "run", "demo") == 130
-    assert "Traceback" not in capsys.readouterr().err
+    assert call(monkeypatch, "run", "demo", f"model={small_base}", "--out", str(tmp_path / "r")) == 130
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and "interrupted" in error and str(tmp_path / "r") in error.replace("\n", "")
 
 
 def test_recipes_and_doctor(monkeypatch, capsys) -> None:

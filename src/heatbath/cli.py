@@ -145,10 +145,20 @@ def _stage(
         return
     from heatbath.progress import Progress
     from heatbath.run import Run
+    from heatbath.stages.pipeline import check, stages_of
 
     folder = out or Path("runs") / Path(recipe).stem
-    opened = Run.create(folder, loaded) if stage == "run" else Run.open(folder, loaded)
-    result = _call(stage, opened, loaded, Progress(quiet=json))
+    opening = Run.create if stage == "run" else Run.open
+    progress = Progress(quiet=json)
+    progress.say(f"run folder: {folder}")
+    opening(folder, loaded, dry=True)
+    check(loaded, stages_of(loaded) if stage == "run" else (stage,))
+    opened = opening(folder, loaded)
+    try:
+        result = _call(stage, opened, loaded, progress)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; finished stages and samples are in {folder}", err=True)
+        raise typer.Exit(130) from None
     if json:
         typer.echo(jsonlib.dumps({"run": str(folder), **(result or {})}))
     else:
@@ -193,7 +203,7 @@ def _settle_libraries(verbose: bool) -> None:
     )
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars, in the middle of ours
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         import warnings
 
@@ -210,9 +220,6 @@ def main() -> None:
             logging.getLogger("heatbath").exception("failed")
         typer.echo(f"{'recipe error' if isinstance(error, RecipeError) else 'error'}: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; what was finished is in the run's folder", err=True)
-        sys.exit(130)
     except OSError as error:
         free = shutil.disk_usage(Path.cwd()).free
         typer.echo(f"error: {error}\n  where:  {error.filename or 'the file system'} ({free >> 20} MiB free)", err=True)

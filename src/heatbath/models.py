@@ -113,16 +113,19 @@ def _dequantise(source: Path, folder: Path) -> None:
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
-    model = AutoModelForCausalLM.from_pretrained(
-        source.parent,
-        gguf_file=source.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    model.save_pretrained(unfinished)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(unfinished)
-    unfinished.chmod(0o755)
     try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent,
+            gguf_file=source.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        model.save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(unfinished)
+        unfinished.chmod(0o755)
         unfinished.rename(folder)
-    except OSError:  # another process finished first
-        shutil.rmtree(unfinished)
+    except OSError:
+        if not folder.is_dir():  # else another process finished first
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,22 +15,28 @@ class Progress:
     """One bar at a time. `quiet` shows nothing (for `--json` and tests)."""
 
     def __init__(self, *, quiet: bool = False):
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self._bar: Bar | None = None
         self._title, self._total, self._done, self._said = "", 0, 0, 0.0
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 
-    def start(self, title: str, total: int) -> None:
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[None]:
+        """A bar while the block runs; the terminal is given back however the block ends."""
         self._title, self._total, self._done, self._said = title, total, 0, time.monotonic()
-        if self.console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-            self._bar = Bar(TextColumn("{task.description}"), *columns, console=self.console, transient=True)
-            self._bar.start()
-            self._bar.add_task(title, total=total)
-        else:
+        if not self.console.is_terminal:
             self.say(title)
+            yield
+            return
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Bar(TextColumn("{task.description}"), *columns, console=self.console, transient=True) as self._bar:
+            self._bar.add_task(title, total=total)
+            try:
+                yield
+            finally:
+                self._bar = None
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self._done += steps
@@ -37,8 +45,3 @@ class Progress:
         elif time.monotonic() - self._said > 20 or self._done >= self._total:
             self.say(f"  {self._done}/{self._total} {note}")
             self._said = time.monotonic()
-
-    def finish(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None

@@ -18,6 +18,8 @@ from heatbath.errors import RecipeError
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+Epochs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Unit = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -30,13 +32,20 @@ class ArithmeticData(Section):
 
     source: Literal["arithmetic"]
     digits: Annotated[int, Field(ge=1, le=9)] = 2
-    operations: list[Literal["+", "-"]] = ["+"]
-    paths: list[Literal["tens", "columns", "round"]] = ["tens", "columns", "round"]
+    operations: Annotated[list[Literal["+", "-"]], Field(min_length=1)] = ["+"]
+    paths: Annotated[list[Literal["tens", "columns", "round"]], Field(min_length=1)] = ["tens", "columns", "round"]
     demos: Count = 128
     validation: Count = 32
     prompts: Count = 256
     test: Count = 100
     system: str | None = None
+
+    @field_validator("operations", "paths")
+    @classmethod
+    def distinct(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("each may be named once")
+        return value
 
 
 class Fields(Section):
@@ -84,8 +93,8 @@ class Optimizer(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Count = 0
     weight_decay: Rate = 0.01
-    adam_betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    adam_betas: tuple[Unit, Unit] = (0.9, 0.95)
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
 
 class SFT(Optimizer):
@@ -94,7 +103,7 @@ class SFT(Optimizer):
     objective: ObjectiveSpec = Field(default_factory=lambda: ObjectiveSpec(name="sft"))
     reduction: Literal["token_mean", "sequence_sum", "microbatch_token_mean"] = "token_mean"
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-5
-    epochs: Annotated[float, Field(gt=0)] = 6
+    epochs: Epochs = 6
     batch: Positive = 128
     micro_batch: Positive = 8
     max_length: Annotated[int, Field(ge=2)] = 8192
@@ -119,7 +128,7 @@ class RL(Optimizer):
     policy: Literal["paper"] = "paper"
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-6
-    epochs: Annotated[float, Field(gt=0)] = 1
+    epochs: Epochs = 1
     max_steps: Positive | None = None
     prompts: Positive = 128
     update_prompts: Positive = 64
@@ -145,7 +154,7 @@ class Eval(Section):
     """Sampling of the test problems. `k` are the pass@k reported; each needs `samples` ≥ k."""
 
     samples: Positive = 8
-    k: list[Positive] = [1, 8]
+    k: Annotated[list[Positive], Field(min_length=1)] = [1, 8]
     temperature: Annotated[float, Field(gt=0)] = 0.6
     max_new_tokens: Positive = 8192
     batch: Positive = 64
@@ -179,7 +188,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def data_for_every_stage(self) -> Self:
         if isinstance(self.data, JsonlData):
-            for stage, key in (("sft", "demos"), ("rl", "prompts"), ("eval", "test")):
+            for stage, key in (("sft", "demos"), ("rl", "prompts")):
                 if getattr(self, stage) is not None and getattr(self.data, key) is None:
                     raise ValueError(f"the {stage} stage reads data.{key}, and the recipe names no such file")
         return self
@@ -264,16 +273,20 @@ def _override(table: dict[str, Any], text: str) -> None:
     if not equals or not key.strip():
         raise RecipeError("an override is section.key=value", text, "for example sft.lr=2e-5")
     *path, last = key.strip().split(".")
-    if path and path[-1] == "objective" and last == "name":
-        path, last, value = path[:-1], "objective", f'{{name = "{value.strip()}"}}'
-    for part in path:
-        table = table.setdefault(part, {})
-        if isinstance(table, str):
-            raise RecipeError(f"'{part}' is not a table", text, "write it as a table in the recipe")
     try:
-        table[last] = tomllib.loads(f"v = {value}")["v"]
+        parsed = tomllib.loads(f"v = {value}")["v"]
     except tomllib.TOMLDecodeError:
-        table[last] = value
+        parsed = value
+    if path and path[-1] == "objective" and last == "name":
+        path, last, parsed = path[:-1], "objective", {"name": parsed}
+    for part in path:
+        inner = table.setdefault(part, {})
+        if isinstance(inner, str) and part == "objective":
+            inner = table[part] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"'{part}' is not a table", text, "heatbath recipes shows recipes with every table")
+        table = inner
+    table[last] = parsed
 
 
 def _explain(error: Any) -> str:

@@ -72,35 +72,44 @@ def profile(
     rows: Sequence[Rendered],
     nats: Sequence[np.ndarray[Any, np.dtype[np.float64]]],
     tokenizer: PreTrainedTokenizerBase,
-    betas: Sequence[float],
+    *,
+    vocab_size: int,
+    beta: float | None = None,
+    smoothing: float = 0.0,
 ) -> dict[str, Any]:
     """What β would do on this data: the surprise histogram (1 nat per bin), shares of tokens by w at each β, the β at
-    which a share `LEFT_TO_BASE` of the tokens keeps w < 0.5, and the most surprising tokens in context."""
+    which a share `LEFT_TO_BASE` of the tokens keeps w < 0.5, and the most surprising tokens in context. `beta` and
+    `smoothing` are those of the run's objective, where it has them."""
     x = np.concatenate(nats)
     counts, _ = np.histogram(np.minimum(x, HISTOGRAM_NATS - 1e-9), bins=HISTOGRAM_NATS, range=(0, HISTOGRAM_NATS))
     logp = torch.from_numpy(-x)
 
     def shares(beta: float) -> dict[str, float]:
-        target = Gift(beta)
-        w = target.mass(logp, 1).numpy()
+        target = Gift(beta, smoothing)
+        w = target.mass(logp, vocab_size).numpy()
         return {
             "beta": beta,
             "w_below_0.99": float((w < 0.99).mean()),
             "w_below_0.5": float((w < 0.5).mean()),
             "w_below_0.1": float((w < 0.1).mean()),
-            "keep": float(target.keep(logp, 1).mean()),
+            "keep": float(target.keep(logp, vocab_size).mean()),
         }
 
-    # w < 0.5 where −logit p > β, so a share of tokens fixes β as a quantile of −logit p.
-    minus_logit = x + np.log(-np.expm1(-np.maximum(x, 1e-12)))
+    # w < 0.5 where −logit p~ > β, so a share of tokens fixes β as a quantile of −logit p~.
+    smoothed = -Gift(0.0, smoothing).smoothed(logp, vocab_size).numpy()
+    minus_logit = smoothed + np.log(-np.expm1(-np.maximum(smoothed, 1e-12)))
+    betas = {*PROFILE_BETAS, *(() if beta is None else (float(beta),))}
     return {
+        "beta": beta,
+        "smoothing": smoothing,
+        "vocab_size": vocab_size,
         "tokens": int(x.size),
         "rows": len(rows),
         "mean": float(x.mean()),
         "quantiles": {str(q): float(np.quantile(x, q)) for q in (0.5, 0.9, 0.99, 0.999)},
         "max": float(x.max()),
         "histogram": counts.tolist(),
-        "betas": [shares(beta) for beta in sorted(set(betas))],
+        "betas": [shares(b) for b in sorted(betas)],
         "suggested_beta": max(0.0, float(np.quantile(minus_logit, 1 - LEFT_TO_BASE))),
         "suggested_share": LEFT_TO_BASE,
         "most_surprising": _most_surprising(rows, nats, tokenizer),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,21 +31,22 @@ class Run:
         self.folder, self.recipe = folder, recipe
 
     @classmethod
-    def create(cls, folder: Path, recipe: Recipe) -> Run:
-        """A new run. Raises RecipeError when the folder already holds something."""
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    def create(cls, folder: Path, recipe: Recipe, *, dry: bool = False) -> Run:
+        """A new run. Raises RecipeError when the folder already holds something that a run or anybody else made;
+        a run that ended before its first number left nothing worth keeping. `dry` only checks, and writes nothing."""
+        if folder.exists() and not _holds_nothing(folder):
             raise RecipeError(
                 "the output folder exists; nothing in it was touched",
                 str(folder),
                 f"--out {folder}-2, or remove the folder; `heatbath sft|rl|eval` continue a run stage by stage",
             )
-        return cls._write(folder, recipe)
+        return cls(folder, recipe) if dry else cls._write(folder, recipe)
 
     @classmethod
-    def open(cls, folder: Path, recipe: Recipe) -> Run:
-        """The run in that folder, made if absent. Raises RecipeError when it was made by another recipe."""
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            return cls._write(folder, recipe)
+    def open(cls, folder: Path, recipe: Recipe, *, dry: bool = False) -> Run:
+        """The run in that folder, made if absent (not if `dry`). Raises RecipeError when another recipe made it."""
+        if not folder.exists() or _holds_nothing(folder):
+            return cls(folder, recipe) if dry else cls._write(folder, recipe)
         before = cls.read(folder).recipe
         if before != recipe:
             raise RecipeError(
@@ -65,7 +68,7 @@ class Run:
         run = cls(folder, recipe)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "recipe.toml", recipes.as_toml(recipe))
-        write_atomically(folder / "env.json", json.dumps(environment(), indent=1) + "\n")
+        write_atomically(folder / "env.json", json.dumps(environment(recipe.precision), indent=1) + "\n")
         return run
 
     @property
@@ -89,19 +92,25 @@ class Run:
 
     @contextmanager
     def new_checkpoint(self, policy: str) -> Iterator[Path]:
-        """A folder to save into; it takes its name only once complete. Raises RunError when the policy exists."""
+        """A folder to save into; it takes its name only once complete. Raises RunError when the policy exists.
+
+        What an earlier attempt at the stage had logged goes, so that the log holds one attempt.
+        """
         final = self.checkpoint(policy)
         if final.exists():
             raise RunError(f"the '{policy}' policy of this run is already trained", str(final), "use another --out")
         unfinished = final.with_name(f".{policy}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
+        stage = next(s for s, name in CHECKPOINTS.items() if name == policy)
+        self._keep_rows("metrics.jsonl", lambda row: row["stage"] != stage)
         yield unfinished
         unfinished.rename(final)
 
     def log(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """Appends a row to metrics.jsonl."""
-        append_jsonl(self.folder / "metrics.jsonl", [{"stage": stage, "step": step, "time": time.time(), **values}])
+        """Appends a row to metrics.jsonl; NaN (the mean reward where nothing was graded) is left out."""
+        finite = {k: v for k, v in values.items() if math.isfinite(v)}
+        append_jsonl(self.folder / "metrics.jsonl", [{"stage": stage, "step": step, "time": time.time(), **finite}])
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         return [row for row in read_jsonl(self.folder / "metrics.jsonl") if row["stage"] == stage]
@@ -112,6 +121,12 @@ class Run:
     def add_samples(self, rows: list[dict[str, Any]]) -> None:
         append_jsonl(self.folder / "samples.jsonl", rows)
 
+    def _keep_rows(self, name: str, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        rows = read_jsonl(self.folder / name)
+        kept = [row for row in rows if wanted(row)]
+        if len(kept) < len(rows):
+            write_atomically(self.folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
     def write_json(self, name: str, value: Any) -> None:
         write_atomically(self.folder / name, json.dumps(value, indent=1) + "\n")
 
@@ -121,9 +136,19 @@ class Run:
         return json.loads(path.read_text()) if path.is_file() else None
 
 
-def environment() -> dict[str, Any]:
-    """Versions, hardware and the command: what a reader needs to run it again."""
+def _holds_nothing(folder: Path) -> bool:
+    """Whether the folder is empty, or holds only what a run writes before its first number."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    return names <= {"recipe.toml", "env.json", "checkpoints"} and not any(folder.glob("checkpoints/[!.]*"))
+
+
+def environment(precision: str) -> dict[str, Any]:
+    """Versions, hardware, precision and the command: what a reader needs to run it again."""
     import torch
+
+    from heatbath.models import autocast_dtype
 
     def version(package: str) -> str | None:
         try:
@@ -132,7 +157,8 @@ def environment() -> dict[str, Any]:
             return None
 
     return {
-        "command": " ".join(["heatbath", *sys.argv[1:]]),
+        "command": shlex.join(["heatbath", *sys.argv[1:]]),
+        "precision": "bf16 products over float32 weights" if autocast_dtype(precision) else "float32",
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
@@ -159,13 +185,20 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Appends rows in one write; a last line that a kill had cut off goes first."""
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    with path.open("ab+") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        if size:
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                stream.seek(0)
+                stream.truncate(stream.read().rfind(b"\n") + 1)
+        stream.write(data)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file of ours; a last line cut off by a kill is not a row."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line]

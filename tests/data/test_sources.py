@@ -66,8 +66,32 @@ def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
         read_jsonl(tmp_path / "b.jsonl", NAMES, (), "data.demos")
 
 
-def test_a_test_problem_among_the_demonstrations_is_refused(tmp_path: Path) -> None:
-    demos = write(tmp_path / "d.jsonl", {"question": "1 + 1?", "solution": "2"})
-    test = write(tmp_path / "t.jsonl", {"question": "1 + 1?", "answer": "2"})
-    with pytest.raises(DataError, match="also among the demos"):
-        sources.load(JsonlData(source="jsonl", demos=demos, test=test), 0)
+@pytest.mark.parametrize("held_out", ["test", "validation"])
+@pytest.mark.parametrize("trained_on", ["demos", "prompts"])
+def test_a_held_out_problem_that_is_trained_on_is_refused(tmp_path: Path, held_out: str, trained_on: str) -> None:
+    row = {"question": "1 + 1?", "solution": "2", "answer": "2"}
+    other = {**row, "question": "2 + 2?"}
+    files = {held_out: write(tmp_path / "h.jsonl", row), trained_on: write(tmp_path / "t.jsonl", other, row)}
+    with pytest.raises(DataError, match=f"also stand in data.{trained_on}"):
+        sources.load(JsonlData(source="jsonl", **files), 0)
+
+
+def test_demonstrations_and_prompts_may_share_and_a_benchmark_may_repeat_a_question(tmp_path: Path) -> None:
+    row = {"question": "1 + 1?", "solution": "2", "answer": "2"}
+    path = write(tmp_path / "d.jsonl", row)
+    sources.load(JsonlData(source="jsonl", demos=path, prompts=path), 0)
+    repeated = write(tmp_path / "t.jsonl", {"question": "q", "answer": "1"}, {"question": "q", "answer": "2"})
+    test = sources.load(JsonlData(source="jsonl", test=repeated), 0).test
+    assert test[0].id != test[1].id
+
+
+def test_only_a_newline_ends_a_row_and_a_byte_order_mark_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    rows = [{"question": "a\u2028b\x85c", "answer": "1"}, {"question": "d", "answer": "2"}]
+    path.write_text("\ufeff" + "\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8")
+    assert [r.question for r in read_jsonl(path, NAMES, ("answer",), "x")] == ["a\u2028b\x85c", "d"]
+
+
+def test_every_question_of_a_real_benchmark_is_read(shared_data: Path) -> None:
+    rows = read_jsonl(shared_data / "mmlu_redux" / "test.jsonl", {"question": "question"}, (), "data.test")
+    assert len(rows) == 5700

@@ -60,6 +60,15 @@ def test_interval_covers_when_the_question_is_the_unit() -> None:
     assert pooled / 4000 < 0.9
 
 
+def test_an_interval_of_scores_stays_a_score_and_never_has_no_width() -> None:
+    for value in (0.0, 1.0):
+        found = mean_with_interval([value] * 100, bounds=(0.0, 1.0))
+        exact = stats.binomtest(int(value * 100), 100).proportion_ci(0.95, method="exact")
+        assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
+    cut = mean_with_interval([0.0] * 9 + [1.0], bounds=(0.0, 1.0))
+    assert cut.low == 0.0 and cut.high == pytest.approx(mean_with_interval([0.0] * 9 + [1.0]).high)
+
+
 def test_one_question_has_no_interval() -> None:
     assert math.isnan(mean_with_interval([0.5]).low)
     with pytest.raises(ValueError, match="no questions"):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import sync_playwright
 
 from heatbath import recipe as recipes
 from heatbath.report.page import write_report
@@ -49,12 +50,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tokens": 100,
         "rows": 10,
         "demonstrations": 10,
-        "histogram": [60, 30, 9, 1, *[0] * 36],
+        "histogram": [60, 30, 8, 1, *[0] * 35, 1],
         "betas": betas,
         "suggested_beta": 6.0,
         "suggested_share": 0.02,
         "most_surprising": [{"nats": 9.0, "before": "<b>", "token": HOSTILE}],
-        "objective": {"name": "gift", "beta": 7.5},
+        "beta": 7.5,
+        "smoothing": 0.0,
+        "vocab_size": 50,
     }
     run.write_json("surprise.json", profile)
     for step in range(3):
@@ -67,8 +70,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_in_a_browser(report: Path, needs) -> None:
     chromium = needs("chromium")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as p:
+    with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for width, scheme in ((1200, "light"), (390, "light"), (1200, "dark")):
             page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)

@@ -123,3 +123,21 @@ def test_model_output_is_escaped_in_the_report(finished: Path) -> None:
     for text in hostile:
         if text in page:
             assert text == environment.from_string("{{ t }}").render(t=text)
+
+
+def test_an_evaluation_killed_in_the_middle_goes_on_with_what_is_missing(finished: Path) -> None:
+    samples = finished / "samples.jsonl"
+    whole = samples.read_text()
+    try:
+        cut = whole.splitlines(keepends=True)[:27]  # all of base, a part of init, half a line
+        samples.write_text("".join(cut)[:-9])
+        done = heatbath("eval", "small.toml", "sft.epochs=3", "--json", cwd=finished.parents[1])
+        assert done.returncode == 0, done.stderr
+        rows = samples.read_text().splitlines(keepends=True)
+        assert rows[:26] == cut[:26] and len(rows) == 60
+        counts = {}
+        for row in map(json.loads, rows):
+            counts[row["policy"], row["problem"]] = counts.get((row["policy"], row["problem"]), 0) + 1
+        assert len(counts) == 15 and set(counts.values()) == {4}
+    finally:
+        samples.write_text(whole)

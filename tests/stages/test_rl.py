@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from conftest import small_model, small_tokenizer
 from heatbath import recipe as recipes
-from heatbath.data import rendering, sources
+from heatbath.data import rendering
 from heatbath.errors import DataError, RunError
 from heatbath.ideas.policy import policy
 from heatbath.progress import Progress
@@ -97,7 +97,8 @@ def test_loss_is_the_clipped_surrogate_over_the_tokens_of_the_optimizer_step(tmp
                         total = total - torch.min(r * a, r.clamp(0.8, 1.2) * a) / tokens
         found = sum(trainer._compute_loss(trainer.model, batch) for batch in window)
         assert found.item() == pytest.approx(total.item(), rel=1e-4)
-    assert trainer._metrics["train"]["clip_share"][0] > 0
+    clipped, tokens = trainer._token_sums["clip_share"].tolist()
+    assert 0 < clipped < tokens == sum(int(b["completion_mask"].sum()) for b in batches)
 
 
 def test_loss_and_gradient_are_trls_own_where_token_counts_are_equal(tmp_path: Path) -> None:
@@ -200,6 +201,36 @@ def test_too_few_prompts_and_a_missing_start_are_named(small_base: Path, tmp_pat
         run_rl(Run.create(tmp_path / "b", warm), warm, Progress(quiet=True))
 
 
-def test_splits_of_a_run_do_not_depend_on_the_stage(small_base: Path) -> None:
-    made = recipe(small_base)
-    assert sources.load(made.data, made.seed) == sources.load(made.data, made.seed)
+@pytest.mark.parametrize(("epochs", "steps"), [(0.1, 1), (0.5, 3), (1, 6), (1.5, 9)])
+def test_planned_steps_are_the_steps_taken(small_base: Path, tmp_path: Path, epochs: float, steps: int) -> None:
+    made = recipe(small_base, prompts=3, update_prompts=3, epochs=epochs, micro_batch=3)
+    made = made.model_copy(update={"data": made.data.model_copy(update={"prompts": 18})})
+    run = Run.create(tmp_path / "run", made)
+    run_rl(run, made, Progress(quiet=True))
+    assert len(run.metrics("rl")) == total_steps(made.rl, 18) == steps
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"beta": 0.1}, {"importance_sampling_level": "sequence"}, {"epsilon": 0.3}, {"entropy_coef": 0.1}],
+    ids=str,
+)
+def test_settings_that_would_be_ignored_are_refused(tmp_path: Path, setting: dict) -> None:
+    with pytest.raises(RunError, match="would be ignored"):
+        make(tmp_path, **setting)
+
+
+def test_optimizer_steps_that_span_generations_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="do not divide"):
+        make(tmp_path, steps_per_generation=1)
+
+
+def test_a_group_without_two_scores_is_not_informative(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    trainer.model.train()
+    table = [1.0, 0.0, None, 0.0, None, None, None, None, 1.0, 1.0, None, 1.0, 0.0, 0.0, 0.0, 1.0]
+    trainer.reward_funcs = [lambda completions, **_: table[: len(completions)]]
+    trainer._calculate_rewards(
+        [{}] * 16, [[{"role": "user", "content": "q"}]] * 16, [[{"content": ""}]] * 16, [[1]] * 16
+    )
+    assert trainer._metrics["train"]["informative_share"] == [0.5]

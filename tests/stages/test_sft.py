@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,7 +49,7 @@ def models() -> tuple:
     return small_model(0).double(), FrozenBase(small_model(1).double())
 
 
-def one_step(folder: Path, *, micro: int, accumulation: int, reduction="token_mean", objective=None) -> tuple:
+def one_step(folder: Path, *, micro: int, accumulation: int, ranks=1, reduction="token_mean", objective=None) -> tuple:
     policy, base = models()
     caught = Caught()
     trainer = ObjectiveTrainer(
@@ -69,7 +72,7 @@ def one_step(folder: Path, *, micro: int, accumulation: int, reduction="token_me
             seed=0,
         ),
         train_dataset=Dataset.from_list(
-            [{"input_ids": r.input_ids, "labels": r.labels} for r in demonstrations(micro * accumulation)]
+            [{"input_ids": r.input_ids, "labels": r.labels} for r in demonstrations(micro * accumulation * ranks)]
         ),
         processing_class=small_tokenizer(),
         data_collator=DataCollatorForLanguageModeling(pad_token_id=1),
@@ -184,11 +187,15 @@ def test_surprise_is_the_bases_cross_entropy_whatever_the_batch() -> None:
             torch.testing.assert_close(torch.from_numpy(f), e.detach())
 
 
-def test_profile_shares_and_suggested_beta_agree_with_their_definition() -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.05])
+def test_profile_shares_and_suggested_beta_agree_with_their_definition(smoothing: float) -> None:
+    V = small_model().config.vocab_size
     rows = demonstrations(40)
     nats = surprises(FrozenBase(small_model(1)), rows, pad_id=1)
-    found = profile(rows, nats, small_tokenizer(), [2.0, 4.0])
+    found = profile(rows, nats, small_tokenizer(), vocab_size=V, beta=2.5, smoothing=smoothing)
     p = torch.cat([torch.from_numpy(-n).exp() for n in nats])
+    p = (1 - smoothing) * p + smoothing / V
+    assert 2.5 in [entry["beta"] for entry in found["betas"]]
     for entry in found["betas"]:
         mass = torch.sigmoid(entry["beta"] + torch.logit(p))
         assert entry["w_below_0.5"] == pytest.approx((mass < 0.5).double().mean().item())
@@ -237,7 +244,70 @@ def test_the_stage_writes_a_plain_checkpoint_with_the_same_logits(small_base: Pa
     assert val[-1]["val/nll"] < val[0]["val/nll"]
     assert all({"keep", "w", "surprise", "entropy", "tokens_per_second", "grad_norm"} <= set(r) for r in train)
     assert all("loss" not in r for r in rows)
-    assert json.loads((run.folder / "surprise.json").read_text())["objective"] == {"name": "gift", "beta": 4.0}
+    assert json.loads((run.folder / "surprise.json").read_text())["beta"] == 4.0
+
+
+def small_recipe(base: Path, **sft) -> recipes.Recipe:
+    return recipes.parse(
+        {
+            "model": str(base),
+            "precision": "fp32",
+            "data": {"source": "arithmetic", "demos": 16, "validation": 4, "prompts": 0, "test": 2},
+            "sft": {"lr": 1e-3, "epochs": 1, "batch": 4, "micro_batch": 4, **sft},
+        }
+    )
+
+
+def test_steps_that_the_log_interval_does_not_divide_are_logged_and_saved(small_base: Path, tmp_path: Path) -> None:
+    made = small_recipe(small_base, log_every=3)
+    run = Run.create(tmp_path / "run", made)
+    run_sft(run, made, Progress(quiet=True))
+    assert [r["step"] for r in run.metrics("sft") if "nll" in r] == [3, 4]
+    assert run.checkpoint("init").is_dir()
+
+
+def test_weights_broken_by_the_last_step_are_not_saved(small_base: Path, tmp_path: Path) -> None:
+    made = small_recipe(small_base, lr=1e38, batch=16)
+    made = made.model_copy(update={"data": made.data.model_copy(update={"validation": 0})})
+    run = Run.create(tmp_path / "run", made)
+    with pytest.raises(RunError, match="NaN or infinite weights"):
+        run_sft(run, made, Progress(quiet=True))
+    assert not run.checkpoint("init").exists()
+
+
+def test_a_second_attempt_at_a_stage_leaves_one_log(small_base: Path, tmp_path: Path) -> None:
+    made = small_recipe(small_base)
+    run = Run.create(tmp_path / "run", made)
+    run.log("sft", 7, {"nll": 1.0})
+    run.log("rl", 7, {"reward": 1.0})
+    run_sft(run, made, Progress(quiet=True))
+    assert [r["step"] for r in run.metrics("sft") if "nll" in r] == [1, 2, 3, 4] and len(run.metrics("rl")) == 1
+
+
+def test_models_that_take_no_token_count_are_normalised_all_the_same(tmp_path: Path, monkeypatch) -> None:
+    """transformers leaves num_items_in_batch out for models with accepts_loss_kwargs = False."""
+    whole, _ = one_step(tmp_path / "a", micro=8, accumulation=1)
+    monkeypatch.setattr(type(small_model()), "accepts_loss_kwargs", False, raising=False)
+    split, _ = one_step(tmp_path / "b", micro=2, accumulation=4)
+    assert distance(split, whole) < 1e-10
+
+
+def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
+    """DDP over gloo: 2 ranks × 2 rows × 2 micro-batches have the gradient of 1 × 8 × 1, for both exact reductions."""
+    script = Path(__file__).with_name("two_processes.py")
+    for reduction in ("token_mean", "sequence_sum"):
+        whole, _ = one_step(tmp_path / reduction, micro=8, accumulation=1, reduction=reduction)
+        out = tmp_path / f"{reduction}.pt"
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+        done = subprocess.run(
+            [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(out), reduction],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert distance(torch.load(out), whole) < 1e-10
 
 
 def test_validation_is_token_weighted(small_base: Path, tmp_path: Path) -> None:

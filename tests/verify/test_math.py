@@ -26,6 +26,20 @@ def grader():
         ("The answer is: x + 1.", "x + 1", "stated"),
         ("47 + 38 = 77 + 8 = 85", "85", "last_number"),
         ("It is 5.\nSo: 6 or 7", "7", "last_number"),
+        ("The answer is 3/4.", "3/4", "stated"),
+        ("The answer is 5x + 2", "5x + 2", "stated"),
+        ("The answer is 1e5", "1e5", "stated"),
+        ("The answer is 2^{10}", "2^{10}", "stated"),
+        ("The answer is 47 + 38 = 85.", "85", "stated"),
+        ("The answer is **85**.", "85", "stated"),
+        ("the answer is $1,024 dollars.", "1,024", "stated"),
+        ("so .5", ".5", "last_number"),
+        ("so -5", "-5", "last_number"),
+        ("x = −5", "−5", "last_number"),
+        ("77 - 8", "8", "last_number"),
+        ("3-7", "7", "last_number"),
+        ("it is 2^10", None, "none"),
+        ("about 1e5", None, "none"),
         ("no idea", None, "none"),
         ("", None, "none"),
     ],
@@ -53,7 +67,7 @@ def test_plain_numbers_are_exact() -> None:
     assert plain_number("1,024.50") == Fraction(2049, 2)
     assert plain_number("-0.1") == Fraction(-1, 10)
     assert plain_number("$3/4$") == Fraction(3, 4)
-    assert plain_number("85.") == 85
+    assert plain_number("85.") == 85 and plain_number(".5") == Fraction(1, 2) and plain_number("−5") == -5
     for text in ("1e5", "1/0", "١٢", "0x10", "1,02", "", "9" * 61):
         assert plain_number(text) is None
 
@@ -99,9 +113,7 @@ def test_model_text_is_never_run(grader: MathGrader, tmp_path) -> None:
     assert not target.exists() and "right" not in {v.status for v in verdicts}
 
 
-def test_grader_failures_have_no_score() -> None:
-    assert {s: Verdict(s).score for s in STATUSES} == {
-        "right": 1.0,
-        **{s: 0.0 for s in JUDGED if s != "right"},
-        **{s: None for s in STATUSES if s not in JUDGED},
-    }
+def test_no_completion_gains_by_breaking_the_grader() -> None:
+    scores = {s: Verdict(s).score for s in STATUSES}
+    assert scores.pop("right") == 1.0 and scores.pop("bad_gold") is None
+    assert set(scores.values()) == {0.0} and set(JUDGED) < set(STATUSES)

@@ -16,8 +16,8 @@ class Row:
 
     @property
     def id(self) -> str:
-        """Content hash of the question: the same problem has the same id in every run."""
-        return hashlib.sha256(self.question.encode()).hexdigest()[:12]
+        """Content hash of question and answer: the same problem has the same id in every run."""
+        return hashlib.sha256(f"{self.question}\0{self.answer}".encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

@@ -8,26 +8,47 @@ from typing import TYPE_CHECKING, Any
 
 from heatbath.data import arithmetic
 from heatbath.data.rows import Row, Splits
-from heatbath.errors import DataError
+from heatbath.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
-    from heatbath.recipe import ArithmeticData, JsonlData
+    from heatbath.recipe import ArithmeticData, JsonlData, Recipe
 
 
 def load(data: ArithmeticData | JsonlData, seed: int) -> Splits:
-    """The four splits of a recipe's `[data]`, disjoint by question. Raises DataError naming file and row."""
+    """The four splits of a recipe's `[data]`. Raises DataError naming file and row.
+
+    No question of `test` or `validation` may stand in a split that is trained on, nor in each other; demonstrations
+    and prompts may share questions.
+    """
     splits = _arithmetic(data, seed) if data.source == "arithmetic" else _jsonl(data)
-    seen: dict[str, str] = {}
-    for name in ("demos", "validation", "prompts", "test"):
-        for row in getattr(splits, name):
-            if name == "test" and row.id in seen:
+    for held_out, others in (("test", ("demos", "prompts", "validation")), ("validation", ("demos", "prompts"))):
+        questions = {row.question for row in getattr(splits, held_out)}
+        for other in others:
+            shared = [row.question for row in getattr(splits, other) if row.question in questions]
+            if shared:
                 raise DataError(
-                    f"a test problem is also among the {seen[row.id]}: {row.question[:80]!r}",
-                    f"data.test against data.{seen[row.id]}",
-                    "remove it from one of the two files: a problem seen in training measures nothing",
+                    f"{len(shared)} held-out question(s) also stand in data.{other}, first: {shared[0][:80]!r}",
+                    f"data.{held_out} against data.{other}",
+                    "remove them from one of the two: a problem seen in training measures nothing",
                 )
-            seen.setdefault(row.id, name)
     return splits
+
+
+def require(splits: Splits, recipe: Recipe, stages: tuple[str, ...]) -> None:
+    """Raises RecipeError or DataError where one of the stages has no table or not enough rows to run."""
+    for stage in stages:
+        if getattr(recipe, stage) is None:
+            raise RecipeError(f"the recipe has no [{stage}] table", stage, "add one, or run the other stages alone")
+    if "sft" in stages and not splits.demos:
+        raise DataError("no demonstrations", "data.demos", "the sft stage needs at least one row")
+    if "rl" in stages and recipe.rl is not None and len(splits.prompts) < recipe.rl.prompts:
+        raise DataError(
+            f"{len(splits.prompts)} prompts, but one generation takes rl.prompts = {recipe.rl.prompts}",
+            "data.prompts",
+            "give more prompts or lower rl.prompts",
+        )
+    if "eval" in stages and not splits.test:
+        raise DataError("no test problems", "data.test", "the eval stage needs at least one")
 
 
 def _arithmetic(data: ArithmeticData, seed: int) -> Splits:
@@ -65,7 +86,7 @@ def read_jsonl(path: Path, fields: dict[str, str], need: tuple[str, ...], key: s
     `need` names what this split cannot do without. Raises DataError with the row number (from 1).
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"cannot read {path}: {error}", key, "check the path; it is relative to the working folder"

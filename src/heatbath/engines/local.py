@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import GenerationConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,43 +27,40 @@ def sample(
     model: PreTrainedModel,
     prompts: list[list[int]],
     *,
-    samples: int,
     temperature: float,
     max_new_tokens: int,
     eos_ids: list[int],
     pad_id: int,
     batch: int = 64,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
 ) -> Iterator[list[Completion]]:
-    """Yields batches of completions, `samples` of each prompt in all; whole vocabulary, no top-p or top-k.
+    """Yields batches of completions, one of each prompt; the whole vocabulary at that temperature, nothing else.
 
     Prompts are taken in order of length so that a batch holds little padding (left, so that the continuation follows
-    the prompt directly). The seed fixes the draw for a given batch size.
+    the prompt directly). The seed fixes the draw for a given batch size. The model's own generation settings
+    (penalties, top-p, ...) are set aside meanwhile: they would make another policy of it.
     """
     torch.manual_seed(seed)
-    order = sorted((i for i in range(len(prompts)) for _ in range(samples)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        width = max(len(prompts[i]) for i in rows)
-        ids = torch.tensor([[pad_id] * (width - len(prompts[i])) + prompts[i] for i in rows], device=model.device)
-        mask = torch.tensor(
-            [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=model.device
-        )
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=True,
-            temperature=temperature,
-            top_p=1.0,
-            top_k=0,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=eos_ids,
-            pad_token_id=pad_id,
-        )
-        yield [_completion(i, row, eos_ids) for i, row in zip(rows, out[:, width:].tolist(), strict=True)]
-        if progress is not None:
-            progress(len(rows))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    own, model.generation_config = model.generation_config, GenerationConfig(eos_token_id=eos_ids, pad_token_id=pad_id)
+    try:
+        for start in range(0, len(order), batch):
+            rows = order[start : start + batch]
+            width = max(len(prompts[i]) for i in rows)
+            ids = torch.tensor([[pad_id] * (width - len(prompts[i])) + prompts[i] for i in rows])
+            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
+            out = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                do_sample=True,
+                temperature=temperature,
+                top_p=1.0,
+                top_k=0,
+                max_new_tokens=max_new_tokens,
+            )
+            yield [_completion(i, row, eos_ids) for i, row in zip(rows, out[:, width:].tolist(), strict=True)]
+    finally:
+        model.generation_config = own
 
 
 def _completion(prompt: int, ids: list[int], eos_ids: list[int]) -> Completion:

@@ -21,10 +21,10 @@ from torch import Tensor
 from heatbath.ideas.objectives import DIFFERENTIABLE, STATS, Objective, TokenStats, needs_reference
 
 IGNORE = -100
-# Elements of one [C, V] buffer. On a CPU 256 tokens are enough to keep the GEMMs busy; on a GPU the fp32 accumulation
-# of dW becomes the bottleneck below about 1,024.
+# Elements of one [C, V] buffer (128 MiB and 1 GiB in float32), and the fewest tokens C it may come down to: a CPU keeps
+# its GEMMs busy from about 256, a GPU is held up by the float32 accumulation of dW below about 1,024.
 CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
-CHUNK_FLOOR = {"cpu": 64, "cuda": 1024}
+CHUNK_FLOOR = {"cpu": 256, "cuda": 1024}
 
 
 class LinearLoss(NamedTuple):

@@ -49,16 +49,18 @@ class Estimate:
     questions: int
     confidence: float = 0.95
 
-    @property
-    def half_width(self) -> float:
-        return (self.high - self.low) / 2
-
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def mean_with_interval(values: Sequence[float] | Floats, *, confidence: float = 0.95) -> Estimate:
+def mean_with_interval(
+    values: Sequence[float] | Floats, *, confidence: float = 0.95, bounds: tuple[float, float] | None = None
+) -> Estimate:
     """Mean of per-question values and its Student-t interval over questions.
+
+    `bounds` are those of a value, (0, 1) for a score: the interval is cut there, and where every question sits on the
+    same bound (0 of 100), where the t interval has no width, it is the exact binomial one (Clopper-Pearson), as if each
+    question were one trial.
 
     The samples of one question are not independent draws of the benchmark, so they enter as their mean: pooling all
     draws as if independent covers 80 % at a nominal 95 % (30 questions × 4 draws), this covers 94 %.
@@ -69,8 +71,15 @@ def mean_with_interval(values: Sequence[float] | Floats, *, confidence: float = 
     mean = float(x.mean())
     if x.size == 1:
         return Estimate(mean, math.nan, math.nan, 1, confidence)
+    if bounds is not None and x.min() == x.max() and x[0] in bounds:
+        reach = (bounds[1] - bounds[0]) * (1 - ((1 - confidence) / 2) ** (1 / x.size))
+        low, high = (mean, mean + reach) if x[0] == bounds[0] else (mean - reach, mean)
+        return Estimate(mean, low, high, int(x.size), confidence)
     half = float(stdtrit(x.size - 1, 0.5 + confidence / 2)) * float(x.std(ddof=1)) / math.sqrt(x.size)
-    return Estimate(mean, mean - half, mean + half, int(x.size), confidence)
+    low, high = mean - half, mean + half
+    if bounds is not None:
+        low, high = max(low, bounds[0]), min(high, bounds[1])
+    return Estimate(mean, low, high, int(x.size), confidence)
 
 
 def paired_difference(

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -74,19 +75,17 @@ def pass_at_k(results: dict[str, Any]) -> str:
 def surprise(profile: dict[str, Any]) -> str:
     """Histogram of the base's surprise at the demonstrations, with w at this run's β, or at the suggested one."""
     counts = np.array(profile["histogram"], dtype=float)
-    last = int(np.flatnonzero(counts)[-1]) + 3
+    last = min(int(np.flatnonzero(counts)[-1]) + 3, len(counts))
     figure, (axes,) = _figure(1, width=6.4, height=2.9)
     axes.bar(np.arange(last) + 0.5, counts[:last] / counts.sum(), width=0.92, color=COLOURS["base"])
     axes.set_yscale("log")
-    axes.set(xlabel="surprise of the base, −log p (nats)", ylabel="share of tokens (log)")
+    rest = f"; the last bar is {last - 1} and above" if last == len(counts) else ""
+    axes.set(xlabel=f"surprise of the base, −log p (nats{rest})", ylabel="share of tokens (log)")
     axes.set_ylim(0.4 / counts.sum(), 1.0)
-    beta = profile["objective"].get("beta")
-    used = beta is not None
-    beta = beta if used else profile["suggested_beta"]
+    used = profile["beta"] is not None
+    beta = float(profile["beta"] if used else profile["suggested_beta"])
     nats = np.linspace(1e-3, last, 400)
-    import torch
-
-    w = Gift(float(beta)).mass(torch.from_numpy(-nats), 1).numpy()
+    w = Gift(beta, profile["smoothing"]).mass(torch.from_numpy(-nats), profile["vocab_size"]).numpy()
     right = axes.twinx()
     right.plot(nats, w, color=COLOURS["init"], linewidth=2)
     right.axvline(beta, color=COLOURS["init"], linewidth=1, linestyle=":")

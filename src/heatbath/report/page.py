@@ -112,7 +112,7 @@ def _verdict_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def _surprise_text(profile: dict[str, Any]) -> str:
-    beta = profile["objective"].get("beta")
+    beta = profile["beta"]
     tail = f"A share of {profile['suggested_share']:.0%} would be β = {profile['suggested_beta']:.1f}."
     if beta is None:
         return f"This start does not use β. {tail}"
@@ -182,10 +182,10 @@ def _caveats(run: Run, results: dict[str, Any] | None, surprise: dict[str, Any] 
                     f"{found['grader_failures']} completions of {name} could not be graded and count as not right."
                 )
         if recipe.data.source == "arithmetic":
-            said.append("The base is scored by the last number it writes, so it is not punished for its format.")
+            said.append("No format is asked for: a box, '####', 'the answer is' or else the last number is graded.")
     if surprise and surprise["rows"] < surprise["demonstrations"]:
         said.append(f"The surprise histogram covers the first {surprise['rows']} demonstrations.")
-    said.append(f"Sampling and training ran in {recipe.precision} precision; another machine gives other samples.")
+    said.append("The seed fixes the numbers on this machine only; another one rounds, and so samples, differently.")
     return said
 
 
@@ -203,6 +203,7 @@ def _facts(run: Run, env: dict[str, Any]) -> list[tuple[str, str]]:
     times = [r["time"] for stage in ("sft", "rl") for r in run.metrics(stage)]
     if times:
         facts.append(("training time", f"{(max(times) - min(times)) / 60:.1f} minutes from first to last logged step"))
+    facts.append(("precision", env["precision"]))
     facts.append(("machine", f"{env['device']}, {env['cores']} cores, {env['platform']}"))
     facts.append(("versions", ", ".join(f"{k} {v}" for k, v in env["versions"].items())))
     return facts

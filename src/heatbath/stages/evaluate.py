@@ -19,7 +19,6 @@ from heatbath import models
 from heatbath.data import rendering, sources
 from heatbath.data.rows import Row
 from heatbath.engines import local
-from heatbath.errors import DataError
 from heatbath.ideas.passk import Estimate, mean_with_interval, paired_difference, pass_at_k
 from heatbath.progress import Progress
 from heatbath.recipe import Recipe
@@ -30,17 +29,12 @@ from heatbath.verify.verdict import JUDGED
 
 def run_evaluation(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Samples what is still missing of the run's policies, grades it, and returns the content of results.json."""
-    test = sources.load(recipe.data, recipe.seed).test
-    if not test:
-        raise DataError("no test problems", "data.test", "evaluation needs at least one")
-    wanted = len(test) * recipe.eval.samples
+    splits = sources.load(recipe.data, recipe.seed)
+    sources.require(splits, recipe, ("eval",))
     with MathGrader(workers=recipe.reward.workers, deadline=recipe.reward.deadline) as grader:
         for policy in run.policies:
-            if len(run.samples(policy)) == wanted or (policy != "base" and not run.checkpoint(policy).is_dir()):
-                continue
-            progress.start(f"eval {policy}", wanted)
-            run.add_samples(sample_policy(run, recipe, policy, test, grader, progress))
-            progress.finish()
+            if policy == "base" or run.checkpoint(policy).is_dir():
+                sample_policy(run, recipe, policy, splits.test, grader, progress)
     results = summarise({p: run.samples(p) for p in run.policies if run.samples(p)}, recipe.eval.k)
     run.write_json("results.json", results)
     return results
@@ -48,53 +42,65 @@ def run_evaluation(run: Run, recipe: Recipe, progress: Progress) -> dict[str, An
 
 def sample_policy(
     run: Run, recipe: Recipe, policy: str, test: list[Row], grader: MathGrader, progress: Progress
-) -> list[dict[str, Any]]:
-    """`eval.samples` graded completions of every test problem."""
+) -> None:
+    """Adds to the run's samples what is missing of `eval.samples` graded completions of every test problem.
+
+    Each batch is kept as soon as it is graded: an interrupted evaluation goes on where it stopped.
+    """
     settings = recipe.eval
+    have = Counter(sample["problem"] for sample in run.samples(policy))
+    missing: list[Row] = []
+    for row in test:
+        there = min(have[row.id], settings.samples)
+        have[row.id] -= there
+        missing += [row] * (settings.samples - there)
+    if not missing:
+        return
     name = run.model_of(policy)
     tokenizer = models.load_tokenizer(name)
     model = models.load_model(name, models.autocast_dtype(recipe.precision) or torch.float32)
-    prompts = [rendering.prompt_ids(tokenizer, rendering.messages(row, recipe.data.system)) for row in test]
-    rows: list[dict[str, Any]] = []
     batches = local.sample(
         model,
-        prompts,
-        samples=settings.samples,
+        [rendering.prompt_ids(tokenizer, rendering.messages(row, recipe.data.system)) for row in missing],
         temperature=settings.temperature,
         max_new_tokens=settings.max_new_tokens,
         eos_ids=local.eos_ids_of(model, tokenizer.eos_token_id),
         pad_id=tokenizer.pad_token_id,
         batch=settings.batch,
-        seed=recipe.seed,
+        seed=recipe.seed + len(test) * settings.samples - len(missing),  # a resumed draw must not repeat the first
     )
-    for batch in batches:
-        texts = tokenizer.batch_decode([c.ids for c in batch], skip_special_tokens=True)
-        verdicts = grader.grade(texts, [str(test[c.prompt].answer) for c in batch])
-        for completion, text, verdict in zip(batch, texts, verdicts, strict=True):
-            row = test[completion.prompt]
-            rows.append(
-                {
-                    "policy": policy,
-                    "problem": row.id,
-                    "question": row.question,
-                    "gold": row.answer,
-                    "completion": text,
-                    "tokens": len(completion.ids),
-                    "finished": completion.finished,
-                    "score": verdict.score,
-                    **asdict(verdict),
-                }
+    right = done = 0
+    with progress.bar(f"eval {policy}", len(missing)):
+        for batch in batches:
+            texts = tokenizer.batch_decode([c.ids for c in batch], skip_special_tokens=True)
+            problems = [missing[c.prompt] for c in batch]
+            verdicts = grader.grade(texts, [str(row.answer) for row in problems])
+            run.add_samples(
+                [
+                    {
+                        "policy": policy,
+                        "problem": row.id,
+                        "question": row.question,
+                        "gold": row.answer,
+                        "completion": text,
+                        "tokens": len(completion.ids),
+                        "finished": completion.finished,
+                        "score": verdict.score,
+                        **asdict(verdict),
+                    }
+                    for row, completion, text, verdict in zip(problems, batch, texts, verdicts, strict=True)
+                ]
             )
-        progress.advance(len(batch), f"right {np.mean([r['status'] == 'right' for r in rows]):.2f}")
+            right, done = right + sum(v.status == "right" for v in verdicts), done + len(batch)
+            progress.advance(len(batch), f"right {right / done:.2f}")
     del model
     gc.collect()
-    return rows
 
 
 def summarise(samples: dict[str, list[dict[str, Any]]], ks: list[int]) -> dict[str, Any]:
     """pass@k of each policy with intervals over problems, and the paired differences between successive policies.
 
-    A sample the grader failed on counts as not right, and its share is reported: leaving it out would let a policy
+    A sample the grader failed on counts as not right, and their number is reported: leaving them out would let a policy
     gain by breaking the grader.
     """
     per_problem = {policy: _by_problem(rows) for policy, rows in samples.items()}
@@ -105,7 +111,7 @@ def summarise(samples: dict[str, list[dict[str, Any]]], ks: list[int]) -> dict[s
         policies[policy] = {
             "problems": len(n),
             "samples": len(rows),
-            "pass": {str(k): _as_dict(mean_with_interval(pass_at_k(right, n, k))) for k in ks},
+            "pass": {str(k): _as_dict(mean_with_interval(pass_at_k(right, n, k), bounds=(0.0, 1.0))) for k in ks},
             "truncated_share": 1 - len(done) / len(rows),
             "right_of_finished": float(np.mean([r["status"] == "right" for r in done])) if done else None,
             "mean_tokens": float(np.mean([r["tokens"] for r in rows])),

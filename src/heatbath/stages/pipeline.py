@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from heatbath.progress import Progress
@@ -11,7 +10,7 @@ from heatbath.run import Run
 
 
 def run_all(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
-    """Runs every stage the recipe has; returns the evaluation's results."""
+    """Runs every stage the recipe has; returns the evaluation's results. Call `check` before making the run."""
     from heatbath.report.page import write_report
     from heatbath.stages.evaluate import run_evaluation
 
@@ -28,18 +27,36 @@ def run_all(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     return results
 
 
+def stages_of(recipe: Recipe) -> tuple[str, ...]:
+    """The stages that a run of the recipe goes through."""
+    return tuple(stage for stage in ("sft", "rl", "eval") if getattr(recipe, stage) is not None)
+
+
+def check(recipe: Recipe, stages: tuple[str, ...]) -> None:
+    """Reads data and tokenizer and renders the first row, so that what is wrong with them is said before anything is
+    trained or written. Raises RecipeError or DataError."""
+    from heatbath import models
+    from heatbath.data import rendering, sources
+
+    splits = sources.load(recipe.data, recipe.seed)
+    sources.require(splits, recipe, stages)
+    tokenizer = models.load_tokenizer(recipe.model)
+    for row in [*splits.demos[:1], *splits.prompts[:1], *splits.test[:1]]:
+        rendering.prompt_ids(tokenizer, rendering.messages(row, recipe.data.system))
+
+
 def plan(recipe: Recipe) -> dict[str, Any]:
     """What a run would do (rows, tokens, steps), after reading its data and rendering its demonstrations."""
     from heatbath import models
     from heatbath.data import sources
-    from heatbath.stages.rl import total_steps
-    from heatbath.stages.sft import render_all
+    from heatbath.stages import rl, sft
 
     splits = sources.load(recipe.data, recipe.seed)
+    sources.require(splits, recipe, stages_of(recipe))
     tokenizer = models.load_tokenizer(recipe.model)
     out: dict[str, Any] = {"model": recipe.model, "rows": {k: len(v) for k, v in vars(splits).items()}}
     if recipe.sft is not None:
-        demos = render_all(tokenizer, splits.demos, recipe, "demos")
+        demos = sft.render_all(tokenizer, splits.demos, recipe, "demos")
         out["sft"] = {
             "objective": recipe.sft.objective.model_dump(),
             "tokens": sum(len(r.input_ids) for r in demos),
@@ -47,10 +64,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             "longest": max(len(r.input_ids) for r in demos),
             "truncated": sum(r.truncated for r in demos),
             "ends_with_eos": sum(r.labels[-1] == tokenizer.eos_token_id for r in demos),
-            "steps": math.ceil(math.ceil(len(demos) / recipe.sft.batch) * recipe.sft.epochs),
+            "steps": sft.total_steps(recipe.sft, len(demos)),
         }
     if recipe.rl is not None:
-        steps = total_steps(recipe.rl, len(splits.prompts))
+        steps = rl.total_steps(recipe.rl, len(splits.prompts))
         out["rl"] = {
             "policy": recipe.rl.policy,
             "steps": steps,

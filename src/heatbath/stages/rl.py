@@ -6,7 +6,8 @@ Samples groups of completions, grades them, takes clipped policy-gradient steps,
 from __future__ import annotations
 
 import copy
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from trl.trainer.utils import add_fused_lm_head
 from heatbath import models
 from heatbath.data import rendering, sources
 from heatbath.data.rows import Row
-from heatbath.errors import DataError, RunError
+from heatbath.errors import RunError
 from heatbath.ideas.policy import Policy, kl_k3, policy
 from heatbath.progress import Progress
 from heatbath.recipe import RL, Recipe
@@ -34,11 +35,10 @@ from heatbath.verify.verdict import STATUSES
 # zero in expectation on-policy and tells nothing.
 NAMES = {
     "reward": "reward",
-    "entropy": "entropy",
+    "informative_share": "informative_share",
     "completions/mean_length": "completion_tokens",
     "completions/clipped_ratio": "truncated_share",
-    "clip_share": "clip_share",
-    "kl_init": "kl_init",
+    "step_time": "step_seconds",
     **{f"verdict/{status}": f"verdict/{status}" for status in STATUSES},
 }
 
@@ -58,8 +58,10 @@ class PolicyTrainer(trl.GRPOTrainer):
         kl_every: int = 1,
         **kwargs: Any,
     ):
+        _require_only_what_the_policy_does(kwargs.get("args") or (args[2] if len(args) > 2 else trl.GRPOConfig()))
         super().__init__(*args, **kwargs)
         self.policy, self.kl_every = policy, kl_every
+        self._token_sums: dict[str, Any] = defaultdict(float)
         self._initial = [] if initial is None else [initial.eval().requires_grad_(False)]
         self._generations = 0
         for model in self._initial:
@@ -90,6 +92,16 @@ class PolicyTrainer(trl.GRPOTrainer):
         self._generations += 1
         return output
 
+    def _calculate_rewards(self, *args: Any) -> Tensor:
+        """TRL's rewards; beside them the share of groups with two different scores, which alone carry a signal."""
+        rewards: Tensor = super()._calculate_rewards(*args)
+        mode = "train" if self.model.training else "eval"
+        group = self.num_generations if mode == "train" else self.num_generations_eval
+        total = rewards.nansum(1).masked_fill(rewards.isnan().all(1), torch.nan).view(-1, group)
+        spread = total.nan_to_num(-torch.inf).amax(1) - total.nan_to_num(torch.inf).amin(1)
+        self._metrics[mode]["informative_share"].append((spread > 0).float().mean().item())
+        return rewards
+
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """Adds to each micro-batch the number of completion tokens of its whole optimizer step, over all ranks."""
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
@@ -105,6 +117,7 @@ class PolicyTrainer(trl.GRPOTrainer):
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
         mask = inputs["completion_mask"]
+        scored = mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
         logp, entropy, _ = self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
@@ -115,49 +128,67 @@ class PolicyTrainer(trl.GRPOTrainer):
         old = inputs.get("old_per_token_logps")
         per_token, clipped = self.policy.token_loss(logp, logp.detach() if old is None else old, inputs["advantages"])
         # DDP averages gradients over ranks, and the denominator already spans all of them.
-        tokens = inputs["step_tokens"] if "step_tokens" in inputs else mask.sum()
-        loss = (per_token * mask).sum() / tokens.clamp(min=1) * self.accelerator.num_processes
+        tokens = inputs["step_tokens"] if "step_tokens" in inputs else scored.sum()
+        loss = (per_token * scored).sum() / tokens.clamp(min=1) * self.accelerator.num_processes
         require_finite(loss, f"step {self.state.global_step + 1}", "lower rl.lr")
         with torch.no_grad():
             measured = {"entropy": entropy, "clip_share": clipped.float()}
             if "initial_logps" in inputs:
                 measured["kl_init"] = kl_k3(logp, inputs["initial_logps"])
-            self._measure(measured, mask)
+            for name, value in measured.items():  # summed on the device; means are taken at the next log
+                self._token_sums[name] += torch.stack([(value * scored).sum(), scored.sum()]).double()
         return loss
 
-    def _measure(self, values: dict[str, Tensor], mask: Tensor) -> None:
-        mode = "train" if self.model.training else "eval"
-        for name, value in values.items():
-            pair = torch.stack([(value * mask).sum(), mask.sum().to(value.dtype)])
-            total, count = self.accelerator.reduce(pair, "sum").tolist()
-            self._metrics[mode][name].append(total / max(count, 1.0))
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Token-weighted means since the last log, and what TRL measured once per generation."""
+        if not self._token_sums:
+            return  # the closing summary of transformers
         measured = {k: sum(v) / len(v) for k, v in self._metrics["train"].items() if v}
         self._metrics["train"].clear()
-        if not measured:
-            return  # the closing summary of transformers
         values = {ours: measured[theirs] for theirs, ours in NAMES.items() if theirs in measured}
-        if "frac_reward_zero_std" in measured:  # as the reward: measured once per generation, not at every step
-            values["informative_share"] = 1 - measured["frac_reward_zero_std"]
-        values["step_seconds"] = measured.get("step_time", 0.0)
+        for name in sorted(self._token_sums):
+            total, count = self.accelerator.reduce(self._token_sums[name], "sum").tolist()
+            values[name] = total / max(count, 1.0)
+        self._token_sums.clear()
         values |= {k: logs[k] for k in ("grad_norm", "learning_rate") if k in logs}
         transformers.Trainer.log(self, values, start_time)
 
 
+# Settings of TRL that change its loss, and the value each must keep: here the Policy decides.
+LEFT_TO_THE_POLICY = {
+    "beta": 0.0,
+    "epsilon": 0.2,
+    "epsilon_high": None,
+    "delta": None,
+    "importance_sampling_level": "token",
+    "top_entropy_quantile": 1.0,
+    "entropy_coef": 0.0,
+    "off_policy_mask_threshold": None,
+    "use_vllm": False,
+}
+
+
+def _require_only_what_the_policy_does(arguments: trl.GRPOConfig) -> None:
+    for name, value in LEFT_TO_THE_POLICY.items():
+        given = getattr(arguments, name)
+        if given != value and not (name == "epsilon_high" and given == arguments.epsilon):
+            raise RunError(f"{name} = {given!r} would be ignored", f"GRPOConfig.{name}", "set it in the policy instead")
+    if arguments.steps_per_generation % arguments.gradient_accumulation_steps:
+        raise RunError(
+            f"{arguments.steps_per_generation} micro-batches per generation do not divide into optimizer steps of "
+            f"{arguments.gradient_accumulation_steps}",
+            "GRPOConfig.steps_per_generation",
+            "make it a multiple of gradient_accumulation_steps",
+        )
+
+
 def run_rl(run: Run, recipe: Recipe, progress: Progress) -> None:
     """Trains the start of the recipe with verifiable rewards; writes metrics and the policy `final`."""
-    settings = recipe.rl
-    if settings is None:
-        raise RunError("the recipe has no [rl] table", "rl", "add one, or run the sft stage alone")
+    splits = sources.load(recipe.data, recipe.seed)
+    sources.require(splits, recipe, ("rl",))
+    settings, rows = recipe.rl, splits.prompts
+    assert settings is not None
     start = run.model_of("init" if recipe.sft is not None else "base")
-    rows = sources.load(recipe.data, recipe.seed).prompts
-    if len(rows) < settings.prompts:
-        raise DataError(
-            f"{len(rows)} prompts, but one generation takes rl.prompts = {settings.prompts}",
-            "data.prompts",
-            "give more prompts or lower rl.prompts",
-        )
     with (
         run.new_checkpoint("final") as folder,
         MathGrader(workers=recipe.reward.workers, deadline=recipe.reward.deadline) as grader,
@@ -167,9 +198,8 @@ def run_rl(run: Run, recipe: Recipe, progress: Progress) -> None:
         trainer = build_trainer(run, recipe, model, tokenizer, rows, verdict_reward(grader))
         shown = ("reward", "informative_share", "truncated_share", "kl_init")
         log_to_run(trainer, run, "rl", progress, show=shown)
-        progress.start(f"rl ({settings.policy})", total_steps(settings, len(rows)))
-        trainer.train()
-        progress.finish()
+        with progress.bar(f"rl ({settings.policy})", total_steps(settings, len(rows))):
+            trainer.train()
         save_policy(trainer, folder)
 
 
@@ -216,10 +246,8 @@ def build_trainer(
 
 
 def verdict_reward(grader: MathGrader) -> Callable[..., list[float | None]]:
-    """A TRL reward function: 1 right, 0 wrong or no answer, None (no signal) where the grader failed; counts statuses.
-
-    Needs a `gold` column beside `prompt`.
-    """
+    """A TRL reward function: each verdict's score (None, no signal, for a gold answer nobody can read), and the share
+    of each status logged. Needs a `gold` column beside `prompt`."""
 
     def reward(
         completions: list[Any], gold: list[str], log_metric: Callable[..., None], **_: Any
@@ -235,6 +263,6 @@ def verdict_reward(grader: MathGrader) -> Callable[..., list[float | None]]:
 
 
 def total_steps(settings: RL, rows: int) -> int:
-    """Optimizer steps of the stage: whole generations only, each giving prompts / update_prompts steps."""
-    steps = int(rows // settings.prompts * settings.epochs) * (settings.prompts // settings.update_prompts)
+    """Optimizer steps of the stage: an epoch has whole generations only, each of prompts / update_prompts steps."""
+    steps = math.ceil(rows // settings.prompts * (settings.prompts // settings.update_prompts) * settings.epochs)
     return min(steps, settings.max_steps) if settings.max_steps else steps

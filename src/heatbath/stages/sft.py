@@ -20,13 +20,13 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from heatbath import models
 from heatbath.data import rendering, sources
-from heatbath.data.rendering import Rendered
+from heatbath.data.rendering import IGNORE, Rendered
 from heatbath.data.rows import Row
-from heatbath.errors import DataError, RunError
-from heatbath.ideas.objectives import Gift, Objective, objective
+from heatbath.errors import DataError
+from heatbath.ideas.objectives import Objective, objective
 from heatbath.progress import Progress
-from heatbath.recipe import Recipe
-from heatbath.reference import PROFILE_BETAS, FrozenBase, profile, surprises
+from heatbath.recipe import SFT, Recipe
+from heatbath.reference import FrozenBase, profile, surprises
 from heatbath.run import Run
 from heatbath.stages.fused_forward import add_objective_forward
 from heatbath.stages.training import log_to_run, optimizer_arguments, require_finite, save_policy
@@ -62,11 +62,21 @@ class ObjectiveTrainer(trl.SFTTrainer):
         add_objective_forward(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | int | None:
-        """The denominator of the optimizer step over all micro-batches and ranks: its tokens or its sequences."""
-        if self.reduction != "sequence_sum":
-            return super()._get_num_items_in_batch(batch_samples, device)
-        sequences = torch.tensor(sum(len(batch["labels"]) for batch in batch_samples), device=device)
-        return self.accelerator.gather(sequences).sum()
+        """The denominator of the optimizer step over all micro-batches and ranks: its tokens or its sequences.
+
+        Counted here for every model: transformers skips it for those that do not take it in their own forward.
+        """
+        if self.reduction == "sequence_sum":
+            count = sum(len(batch["labels"]) for batch in batch_samples)
+        else:
+            count = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batch_samples)
+        return self.accelerator.gather(torch.tensor(count, device=device)).sum()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        started = time.perf_counter()
+        result = super().evaluate(*args, **kwargs)
+        self._window_started += time.perf_counter() - started  # evaluation does not count as training time
+        return result
 
     def compute_loss(
         self,
@@ -80,11 +90,12 @@ class ObjectiveTrainer(trl.SFTTrainer):
         loss, tokens = out["loss"], out["tokens"]
         require_finite(loss, f"step {self.state.global_step + 1}", "lower sft.lr, or look for a broken row")
         self._add(mode, {**out["sums"], "supervised": tokens, "tokens": int(inputs["attention_mask"].sum())})
-        if mode == "eval" or num_items_in_batch is None:
+        if mode == "eval":
             return (loss / max(tokens, 1), out) if return_outputs else loss / max(tokens, 1)
         if self.reduction == "microbatch_token_mean":
             return loss / max(tokens, 1)
         # DDP averages gradients over ranks, and the denominator already spans all of them.
+        assert num_items_in_batch is not None
         return loss / num_items_in_batch * self.accelerator.num_processes
 
     def _add(self, mode: str, sums: dict[str, Any]) -> None:
@@ -104,21 +115,20 @@ class ObjectiveTrainer(trl.SFTTrainer):
             prefix = "val/" if mode == "eval" else ""
             values = {prefix + name: value / supervised for name, value in totals.items()}
             if mode == "train":
-                elapsed = time.perf_counter() - self._window_started
-                values |= {"tokens_per_second": tokens / elapsed, "learning_rate": logs["learning_rate"]}
-                values |= {"grad_norm": logs["grad_norm"]} if "grad_norm" in logs else {}
+                values["tokens_per_second"] = tokens / (time.perf_counter() - self._window_started)
+                values |= {key: logs[key] for key in ("learning_rate", "grad_norm") if key in logs}
+                self._window_started = time.perf_counter()
             sums.clear()
             transformers.Trainer.log(self, values, start_time)
-        self._window_started = time.perf_counter()
 
 
 def run_sft(run: Run, recipe: Recipe, progress: Progress) -> None:
     """Trains the base of the recipe on its demonstrations; writes metrics, surprise.json and the policy `init`."""
+    splits = sources.load(recipe.data, recipe.seed)
+    sources.require(splits, recipe, ("sft",))
     settings = recipe.sft
-    if settings is None:
-        raise RunError("the recipe has no [sft] table", "sft", "add one, or run the rl stage alone")
+    assert settings is not None
     with run.new_checkpoint("init") as folder:
-        splits = sources.load(recipe.data, recipe.seed)
         tokenizer = models.load_tokenizer(recipe.model)
         demos = render_all(tokenizer, splits.demos, recipe, "demos")
         validation = render_all(tokenizer, splits.validation, recipe, "validation") if splits.validation else []
@@ -135,18 +145,21 @@ def run_sft(run: Run, recipe: Recipe, progress: Progress) -> None:
         nats = surprises(
             base, measured, pad_id=tokenizer.pad_token_id, autocast=models.autocast_dtype(recipe.precision)
         )
-        betas = [*PROFILE_BETAS, *([goal.beta] if isinstance(goal, Gift) else [])]
-        found = profile(measured, nats, tokenizer, betas)
-        extra = {"demonstrations": len(demos), "objective": settings.objective.model_dump()}
-        run.write_json("surprise.json", {**found, **extra})
-        progress.say(describe_profile(found, goal))
+        found = profile(
+            measured,
+            nats,
+            tokenizer,
+            vocab_size=base.head.shape[0],
+            beta=settings.objective.hyper.get("beta"),
+            smoothing=settings.objective.hyper.get("smoothing", 0.0),
+        )
+        run.write_json("surprise.json", {"demonstrations": len(demos), **found})
+        progress.say(describe_profile(found))
 
         trainer = build_trainer(run, recipe, model, tokenizer, goal, base, demos, validation)
-        steps = math.ceil(len(demos) / settings.batch) * settings.epochs
         log_to_run(trainer, run, "sft", progress, show=("nll", "val/nll", "keep", "tokens_per_second"))
-        progress.start(f"sft ({settings.objective.name})", math.ceil(steps))
-        trainer.train()
-        progress.finish()
+        with progress.bar(f"sft ({settings.objective.name})", total_steps(settings, len(demos))):
+            trainer.train()
         save_policy(trainer, folder)
 
 
@@ -191,9 +204,7 @@ def build_trainer(
 
 
 def render_all(tokenizer: PreTrainedTokenizerBase, rows: list[Row], recipe: Recipe, split: str) -> list[Rendered]:
-    """Rendered demonstrations of a split. Raises DataError when there is none, or one row has nothing to learn."""
-    if not rows:
-        raise DataError("no demonstrations", f"data.{split}", "the sft stage needs at least one row")
+    """Rendered demonstrations of a split. Raises DataError when a row has nothing to learn."""
     assert recipe.sft is not None
     rendered = [
         rendering.render(tokenizer, row, system=recipe.data.system, max_length=recipe.sft.max_length) for row in rows
@@ -208,13 +219,18 @@ def render_all(tokenizer: PreTrainedTokenizerBase, rows: list[Row], recipe: Reci
     return rendered
 
 
-def describe_profile(found: dict[str, Any], goal: Objective) -> str:
+def total_steps(settings: SFT, rows: int) -> int:
+    """Optimizer steps of the stage; the last one of an epoch may be smaller."""
+    return math.ceil(math.ceil(rows / settings.batch) * settings.epochs)
+
+
+def describe_profile(found: dict[str, Any]) -> str:
     """One or two lines a user reads before training starts."""
     text = f"surprise: mean {found['mean']:.2f} nats over {found['tokens']:,} tokens, 99 % below "
     text += f"{found['quantiles']['0.99']:.1f}, max {found['max']:.1f}"
-    if isinstance(goal, Gift):
-        share = next(b for b in found["betas"] if b["beta"] == goal.beta)["w_below_0.5"]
-        text += f"\nβ = {goal.beta:g} leaves {share:.1%} of the tokens to the base (w < 0.5)"
+    if found["beta"] is not None:
+        share = next(b for b in found["betas"] if b["beta"] == found["beta"])["w_below_0.5"]
+        text += f"\nβ = {found['beta']:g} leaves {share:.1%} of the tokens to the base (w < 0.5)"
         if share < 0.001:
             text += "; GIFT can hardly differ from SFT here"
         elif share > 0.05:

@@ -53,7 +53,15 @@ def log_to_run(trainer: Trainer, run: Run, stage: str, progress: Progress, show:
 
 
 def save_policy(trainer: Trainer, folder: Path) -> None:
-    """A plain `from_pretrained` folder: weights, config, tokenizer, nothing pickled."""
+    """A plain `from_pretrained` folder: weights, config, tokenizer, nothing pickled.
+
+    Raises RunError instead of saving weights that the last step has made NaN or infinite.
+    """
+    broken = [name for name, p in trainer.model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if broken:
+        raise RunError(
+            f"the last step left NaN or infinite weights, first in {broken[0]}", "lr", "lower the learning rate"
+        )
     trainer.save_model(str(folder))
     (folder / "training_args.bin").unlink(missing_ok=True)
     shutil.rmtree(str(trainer.args.output_dir), ignore_errors=True)

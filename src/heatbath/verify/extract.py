@@ -5,8 +5,14 @@ from __future__ import annotations
 import re
 
 MAX_CHARACTERS = 20_000  # of the end of a completion; the answer stands at its end
-NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
+# A number that stands alone: no letter, digit, power or brace touches it (5x, 1e5 and 2^{10} hold none); a minus after
+# a digit or a bracket is a subtraction. Possessive, so that a long run of digits is read once.
+NUMBER = re.compile(
+    r"(?<![0-9A-Za-z_.^{\\/])(?:(?<![0-9)\]}] )(?<![)\]}])[-−])?"
+    r"(?:[0-9]++(?:,[0-9]{3})*+(?:\.[0-9]++)?+|\.[0-9]++)(?:/[0-9]++)?+(?![0-9A-Za-z_^{/\\])"
+)
 STATED = re.compile(r"answer(?: is|:)[ \t:]*([^\n]+)", re.IGNORECASE)
+WORDS_AFTER = re.compile(r"(?:[ %]+[A-Za-z%]++)*+[ .,;:!?]*+")
 
 
 def extract(text: str) -> tuple[str | None, str]:
@@ -25,7 +31,7 @@ def extract(text: str) -> tuple[str | None, str]:
             return after, "hashes"
     stated = STATED.findall(text)
     if stated:
-        return _first_number_or_all(stated[-1]), "stated"
+        return _stated_answer(stated[-1]), "stated"
     lines = text.strip().splitlines()
     numbers = NUMBER.findall(lines[-1]) if lines else []
     return (numbers[-1], "last_number") if numbers else (None, "none")
@@ -33,18 +39,23 @@ def extract(text: str) -> tuple[str | None, str]:
 
 def last_boxed(text: str) -> str | None:
     """The content of the last complete `\\boxed{…}`, braces balanced, or None."""
-    end = len(text)
-    while (start := text.rfind("\\boxed{", 0, end)) >= 0:
-        depth = 0
-        for position in range(start + len("\\boxed"), end):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[start + len("\\boxed{") : position].strip()
-        end = start
+    # Read from the right: a `\\boxed{` belongs to the brace that closes at its own depth.
+    closing: list[int] = []
+    for position in range(len(text) - 1, -1, -1):
+        character = text[position]
+        if character == "}":
+            closing.append(position)
+        elif character == "{" and closing:
+            end = closing.pop()
+            if text.endswith("\\boxed", 0, position):
+                return text[position + 1 : end].strip()
     return None
 
 
-def _first_number_or_all(phrase: str) -> str:
-    phrase = phrase.strip().rstrip(".").strip()
-    plain = NUMBER.match(phrase.lstrip("$"))
-    return plain.group() if plain else phrase
+def _stated_answer(phrase: str) -> str:
+    """A number followed by nothing but words (`85 dollars.`) is that number; an equation counts by its last side."""
+    phrase = phrase.rpartition("=")[2].strip(" \t*\"'`$.")
+    number = NUMBER.match(phrase)
+    if number and WORDS_AFTER.fullmatch(phrase, number.end()):
+        return number.group()
+    return phrase

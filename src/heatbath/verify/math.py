@@ -15,13 +15,13 @@ from heatbath.verify.pool import WorkerPool
 from heatbath.verify.verdict import Verdict
 
 MAX_ANSWER = 500  # characters; a longer "answer" is refused before any parser sees it
-PLAIN = re.compile(r"([+-]?)([0-9]{1,60}|[0-9]{1,3}(?:,[0-9]{3}){1,20})(?:\.([0-9]{1,60}))?")
+PLAIN = re.compile(r"([+-]?)([0-9]{1,60}|[0-9]{1,3}(?:,[0-9]{3}){1,20}|(?=\.[0-9]))(?:\.([0-9]{1,60}))?")
 FRACTION = re.compile(r"([+-]?[0-9]{1,60}) ?/ ?([0-9]{1,60})")
 
 
 def plain_number(text: str) -> Fraction | None:
     """The exact value of an integer, decimal or a/b, with optional $…$, thousands commas and a final dot."""
-    text = text.strip().strip("$").strip().rstrip(".")
+    text = text.strip().strip("$").strip().rstrip(".").replace("−", "-")
     if match := PLAIN.fullmatch(text):
         sign, whole, decimals = match.groups()
         digits = whole.replace(",", "") + (decimals or "")

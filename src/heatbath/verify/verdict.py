@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 Status = Literal["right", "wrong", "no_answer", "timeout", "crashed", "refused", "bad_gold"]
 STATUSES: tuple[str, ...] = get_args(Status)
-# Outcomes that say something about the completion; any other says something about the grader.
+# Outcomes of grading as it should go; every other one is a failure, counted and shown wherever scores are.
 JUDGED = ("right", "wrong", "no_answer")
 
 
@@ -22,5 +22,9 @@ class Verdict:
 
     @property
     def score(self) -> float | None:
-        """1.0 right, 0.0 wrong or no answer, None where the grader failed and nothing was judged."""
-        return float(self.status == "right") if self.status in JUDGED else None
+        """1.0 right, None where the gold answer is at fault, else 0.0.
+
+        A completion that hangs, crashes or is refused by the grader scores like a wrong one: were it left out, a
+        policy could raise its mean by breaking the grader instead of being wrong.
+        """
+        return None if self.status == "bad_gold" else float(self.status == "right")
