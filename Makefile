@@ -1,5 +1,5 @@
 # Two commands do everything on a machine with Python >= 3.11 and make:
-#   make demo    the whole pipeline on a real model, about 10 minutes on 2 CPU cores
+#   make demo    the whole pipeline on a real model, about 12 minutes on 2 CPU cores
 #   make test    the fast tests
 PYTHON ?= python3
 OUT ?= runs/demo

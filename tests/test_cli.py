@@ -28,6 +28,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["run", "demo", "data.source=jsonl"], "data.digits: unknown key"),
         (["run", "demo", "model=/nowhere", "--dry-run"], "cannot load the model '/nowhere'"),
         (["run", "demo", "data.demos=5000", "--dry-run"], "only 4095 exist"),
+        (["run", "demo", "model=SmolLM2-135"], "did you mean 'smollm2-135m'?"),
         (["run", "demo", "seed.x.y=1"], "'seed' is not a table"),
         (["run", "demo", "data.operations.x=1"], "data.operations: input should be a valid list"),
         (["run", "demo", 'sft.objective.name="gfit"'], "unknown objective 'gfit', did you mean 'gift'?"),

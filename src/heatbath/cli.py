@@ -150,8 +150,8 @@ def _stage(
     folder = out or Path("runs") / Path(recipe).stem
     opening = Run.create if stage == "run" else Run.open
     progress = Progress(quiet=json)
-    progress.say(f"run folder: {folder}")
     opening(folder, loaded, dry=True)
+    progress.say(f"run folder: {folder}; reading the data and the tokenizer of {loaded.model}")
     check(loaded, stages_of(loaded) if stage == "run" else (stage,))
     opened = opening(folder, loaded)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import importlib.util
@@ -28,6 +29,8 @@ def resolve(name: str) -> str:
     file packed, which can neither be trained nor saved. Raises RecipeError when the weights are not there.
     """
     if name != SMOLLM2:
+        if "/" not in name and difflib.get_close_matches(name.lower(), [SMOLLM2], cutoff=0.6):
+            raise RecipeError(f"no model is called '{name}'", "model", f"did you mean '{SMOLLM2}'?")
         return name
     source = _smollm2_source()
     folder = cache_folder() / "models" / f"{SMOLLM2}-{_content_hash(source)}"
