@@ -17,6 +17,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: demo test test-slow check format clean
 
 demo: $(READY)
+	@test ! -e $(OUT)/report.html || { echo "$(OUT) holds a finished run: open $(OUT)/report.html, or make demo OUT=$(OUT)-2"; exit 1; }
 	$(BIN)/heatbath run recipes/demo.toml --out $(OUT)
 
 test: $(READY_DEV)

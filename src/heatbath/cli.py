@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from heatbath.allocator import keep_freed_memory
-from heatbath.errors import HeatbathError, RecipeError
+from heatbath.errors import HeatbathError
 
 if TYPE_CHECKING:
     from heatbath.progress import Progress
@@ -218,7 +218,7 @@ def main() -> None:
     except HeatbathError as error:
         if "-v" in sys.argv or "--verbose" in sys.argv:
             logging.getLogger("heatbath").exception("failed")
-        typer.echo(f"{'recipe error' if isinstance(error, RecipeError) else 'error'}: {error}", err=True)
+        typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except OSError as error:
         free = shutil.disk_usage(Path.cwd()).free

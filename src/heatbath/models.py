@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2-135m"
+MODEL_REMEDY = f"give a folder that from_pretrained reads, a hub id, or '{SMOLLM2}'"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -31,6 +32,9 @@ def resolve(name: str) -> str:
     if name != SMOLLM2:
         if "/" not in name and difflib.get_close_matches(name.lower(), [SMOLLM2], cutoff=0.6):
             raise RecipeError(f"no model is called '{name}'", "model", f"did you mean '{SMOLLM2}'?")
+        if name.startswith(("/", ".", "~")) and not (Path(name).expanduser() / "config.json").is_file():
+            what = "holds no config.json" if Path(name).expanduser().is_dir() else "is no folder"
+            raise RecipeError(f"cannot load the model '{name}': it {what}", "model", MODEL_REMEDY)
         return name
     source = _smollm2_source()
     folder = cache_folder() / "models" / f"{SMOLLM2}-{_content_hash(source)}"
@@ -85,11 +89,7 @@ def _explained(name: str, load: Any, **kwargs: Any) -> Any:
         return load(resolve(name), **kwargs)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise RecipeError(
-            f"cannot load the model '{name}': {first}",
-            "model",
-            f"give a folder that from_pretrained reads, a hub id, or '{SMOLLM2}'",
-        ) from error
+        raise RecipeError(f"cannot load the model '{name}': {first}", "model", MODEL_REMEDY) from error
 
 
 def _smollm2_source() -> Path:

@@ -38,8 +38,9 @@ class Progress:
             finally:
                 self._bar = None
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        self._done += steps
+    def update(self, done: int, note: str = "") -> None:
+        """Shows that `done` of the total are done, with the numbers measured at that point."""
+        self._done = done
         if self._bar is not None:
             self._bar.update(self._bar.tasks[0].id, completed=self._done, description=f"{self._title} {note}")
         elif time.monotonic() - self._said > 20 or self._done >= self._total:

@@ -308,9 +308,8 @@ def _did_you_mean(path: list[Any]) -> str:
     word = str(path[-1])
     keys = surface() + [f"sft.objective.{f}" for cls in OBJECTIVES.values() for f in cls.__dataclass_fields__]
     table = ".".join(str(p) for p in path[:-1])
-    here = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == table]
-    if table == "":
-        here = sorted({k.partition(".")[0] for k in keys})
+    inside = [k.removeprefix(f"{table}.") for k in keys if not table or k.startswith(f"{table}.")]
+    here = sorted({k.partition(".")[0] for k in inside})
     near = difflib.get_close_matches(word, here, n=1, cutoff=0.6)
     if near:
         return f", did you mean '{near[0]}'?"

@@ -35,11 +35,14 @@ class Run:
         """A new run. Raises RecipeError when the folder already holds something that a run or anybody else made;
         a run that ended before its first number left nothing worth keeping. `dry` only checks, and writes nothing."""
         if folder.exists() and not _holds_nothing(folder):
-            raise RecipeError(
-                "the output folder exists; nothing in it was touched",
-                str(folder),
-                f"--out {folder}-2, or remove the folder; `heatbath sft|rl|eval` continue a run stage by stage",
-            )
+            if (folder / "results.json").is_file():
+                found, remedy = "a finished run", f"open {folder}/report.html, or choose another --out"
+            elif (folder / "recipe.toml").is_file():
+                found = "an unfinished run"
+                remedy = "go on with `heatbath sft|rl|eval` (an unfinished stage starts again), or choose another --out"
+            else:
+                found, remedy = "something else", "choose another --out"
+            raise RecipeError(f"the output folder exists and holds {found}; nothing was touched", str(folder), remedy)
         return cls(folder, recipe) if dry else cls._write(folder, recipe)
 
     @classmethod

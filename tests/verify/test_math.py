@@ -40,6 +40,7 @@ def grader():
         ("3-7", "7", "last_number"),
         ("it is 2^10", None, "none"),
         ("about 1e5", None, "none"),
+        ("72 + 67 = 139.\nThat is all there is to it", "139", "last_number"),
         ("no idea", None, "none"),
         ("", None, "none"),
     ],

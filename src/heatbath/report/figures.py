@@ -59,8 +59,11 @@ def pass_at_k(results: dict[str, Any]) -> str:
             low, high = max(low, 0.0), min(high, 1.0)
             axes.plot([low, high], [row, row], color=COLOURS[name], linewidth=2.5, solid_capstyle="round")
             axes.plot(e["mean"], row, "o", color=COLOURS[name], markersize=7)
-            beside, align = (high + 0.015, "left") if high < 0.8 else (low - 0.015, "right")
-            axes.text(beside, row, f"{e['mean']:.2f}", va="center", ha=align)
+            beside, align = (high + 0.015, "left") if high < 0.85 else (low - 0.015, "right")
+            height, vertical = row, "center"
+            if low < 0.15 and high >= 0.85:  # no room on either side
+                beside, align, height, vertical = e["mean"], "center", row - 0.18, "bottom"
+            axes.text(beside, height, f"{e['mean']:.2f}", va=vertical, ha=align)
             labels.append(f"{name}  pass@{k}")
             row += 1
         row += 0.4
@@ -84,7 +87,7 @@ def surprise(profile: dict[str, Any]) -> str:
     axes.set_ylim(0.4 / counts.sum(), 1.0)
     used = profile["beta"] is not None
     beta = float(profile["beta"] if used else profile["suggested_beta"])
-    nats = np.linspace(1e-3, last, 400)
+    nats = np.linspace(1e-3, max(last, beta + 2), 400)
     w = Gift(beta, profile["smoothing"]).mass(torch.from_numpy(-nats), profile["vocab_size"]).numpy()
     right = axes.twinx()
     right.plot(nats, w, color=COLOURS["init"], linewidth=2)
@@ -93,7 +96,7 @@ def surprise(profile: dict[str, Any]) -> str:
     right.set_ylabel("w, the target's mass on the token", color=COLOURS["init"])
     right.tick_params(axis="y", colors=COLOURS["init"])
     right.grid(visible=False)
-    right.text(beta + 0.15, 0.94, f"β = {beta:.3g}" + ("" if used else " (suggested)"), color=COLOURS["init"])
+    right.text(beta + 0.15, 0.55, f"β = {beta:.3g}" + ("" if used else " (suggested)"), color=COLOURS["init"])
     return _svg(figure, f"surprise histogram of {profile['tokens']} tokens with the curve of w at β = {beta:.3g}")
 
 

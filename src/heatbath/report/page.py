@@ -90,8 +90,8 @@ def _verdict(results: dict[str, Any]) -> str:
     said = [f"pass@{k}: {chain}."]
     for d in results["differences"]:
         if str(d["k"]) == k and d["low"] is not None:
-            decided = "decided" if d["low"] > 0 or d["high"] < 0 else "not decided"
-            said.append(f"{d['from']} → {d['to']} {tables.interval(d, signed=True, digits=2)}, {decided}.")
+            change = tables.interval(d, signed=True, digits=2)
+            said.append(f"{d['from']} → {d['to']} {change}: {tables.reading(d)}.")
     return " ".join(said)
 
 
@@ -165,10 +165,13 @@ def _examples(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def _caveats(run: Run, results: dict[str, Any] | None, surprise: dict[str, Any] | None) -> list[str]:
     recipe = run.recipe
-    said = ["One training seed. Seeds can differ by more than methods do; compare several before believing a ranking."]
+    late = [stage for stage in ("sft", "rl") if getattr(recipe, stage) is not None and not run.metrics(stage)]
+    late += [] if results else ["eval"]
+    said = [f"Unfinished: {', '.join(late)} did not run yet."] if late else []
+    said += ["One training seed. Seeds can differ by more than methods do; compare several before believing a ranking."]
     if recipe.sft and recipe.rl:
         said.append(
-            "No direct RL from the base stands beside this run, so it does not show that the warm start helped."
+            "No RL straight from the base stands beside this run, so it does not show that RL needed this start."
         )
     if results:
         for name, found in results["policies"].items():

@@ -25,19 +25,22 @@ def results_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def difference_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Header and one row per paired difference; `decided` where its interval excludes 0."""
+    """Header and one row per paired difference with its reading."""
     rows = [["difference", "pass@k", "mean [95 % interval]", "reading"]]
     for d in results["differences"]:
-        if d["low"] is None:
-            reading = "one problem decides nothing"
-        elif d["low"] > 0:
-            reading = f"{d['to']} is better"
-        elif d["high"] < 0:
-            reading = f"{d['to']} is worse"
-        else:
-            reading = "not decided by these data"
-        rows.append([f"{d['from']} → {d['to']}", f"pass@{d['k']}", interval(d, signed=True), reading])
+        rows.append([f"{d['from']} → {d['to']}", f"pass@{d['k']}", interval(d, signed=True), reading(d)])
     return rows
+
+
+def reading(difference: dict[str, Any]) -> str:
+    """What a paired difference says, by whether its interval excludes 0."""
+    if difference["low"] is None:
+        return "one problem decides nothing"
+    if difference["low"] > 0:
+        return f"{difference['to']} is better"
+    if difference["high"] < 0:
+        return f"{difference['to']} is worse"
+    return "not decided by these data"
 
 
 def markdown(rows: list[list[str]]) -> str:

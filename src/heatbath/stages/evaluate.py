@@ -92,7 +92,7 @@ def sample_policy(
                 ]
             )
             right, done = right + sum(v.status == "right" for v in verdicts), done + len(batch)
-            progress.advance(len(batch), f"right {right / done:.2f}")
+            progress.update(done, f"right {right / done:.2f}")
     del model
     gc.collect()
 

@@ -14,6 +14,8 @@ def run_all(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     from heatbath.report.page import write_report
     from heatbath.stages.evaluate import run_evaluation
 
+    evaluated = ", ".join(run.policies)
+    progress.say(f"stages: {' → '.join(stages_of(recipe))} (of {evaluated}) → report")
     if recipe.sft is not None:
         from heatbath.stages.sft import run_sft
 

@@ -72,7 +72,6 @@ class _RunLog(TrainerCallback):
 
     def __init__(self, run: Run, stage: str, progress: Progress, show: tuple[str, ...]):
         self.run, self.stage, self.progress, self.show = run, stage, progress, show
-        self._shown: dict[str, float] = {}
 
     def on_log(
         self,
@@ -84,7 +83,5 @@ class _RunLog(TrainerCallback):
     ) -> None:
         numbers = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
         self.run.log(self.stage, state.global_step, numbers)
-        self._shown |= {k: v for k, v in numbers.items() if k in self.show}
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.progress.advance(1, "  ".join(f"{k} {v:.4g}" for k, v in self._shown.items()))
+        shown = "  ".join(f"{key} {numbers[key]:.4g}" for key in self.show if key in numbers)
+        self.progress.update(state.global_step, shown)

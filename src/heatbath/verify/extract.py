@@ -19,7 +19,7 @@ def extract(text: str) -> tuple[str | None, str]:
     """The answer and the rule that found it; `(None, "none")` when no rule did.
 
     Rules: the last `\\boxed{…}` (a correction counts), what follows the last `####`, what follows the last
-    "answer is", else the last number of the last line.
+    "answer is", else the last number of the last line that has one.
     """
     text = text[-MAX_CHARACTERS:]
     boxed = last_boxed(text)
@@ -32,9 +32,10 @@ def extract(text: str) -> tuple[str | None, str]:
     stated = STATED.findall(text)
     if stated:
         return _stated_answer(stated[-1]), "stated"
-    lines = text.strip().splitlines()
-    numbers = NUMBER.findall(lines[-1]) if lines else []
-    return (numbers[-1], "last_number") if numbers else (None, "none")
+    for line in reversed(text.splitlines()):
+        if numbers := NUMBER.findall(line):
+            return numbers[-1], "last_number"
+    return None, "none"
 
 
 def last_boxed(text: str) -> str | None:
