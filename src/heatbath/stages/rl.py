@@ -109,15 +109,14 @@ class PolicyTrainer(trl.GRPOTrainer):
             accumulation = self.args.gradient_accumulation_steps
             for start in range(0, len(self._buffered_inputs), accumulation):
                 window = self._buffered_inputs[start : start + accumulation]
-                tokens = torch.stack([batch["completion_mask"].sum() for batch in window]).sum()
+                tokens = torch.stack([_scored(batch).sum() for batch in window]).sum()
                 tokens = self.accelerator.gather(tokens).sum()
                 for batch in window:
                     batch["step_tokens"] = tokens
         return inputs
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
-        mask = inputs["completion_mask"]
-        scored = mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
+        mask, scored = inputs["completion_mask"], _scored(inputs)
         logp, entropy, _ = self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
@@ -152,6 +151,12 @@ class PolicyTrainer(trl.GRPOTrainer):
         self._token_sums.clear()
         values |= {k: logs[k] for k in ("grad_norm", "learning_rate") if k in logs}
         transformers.Trainer.log(self, values, start_time)
+
+
+def _scored(batch: dict[str, Any]) -> Tensor:
+    """The completion tokens the policy itself wrote, [B, T]: what a tool returned is not its doing."""
+    mask: Tensor = batch["completion_mask"]
+    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
 
 
 # Settings of TRL that change its loss, and the value each must keep: here the Policy decides.
