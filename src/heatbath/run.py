@@ -35,8 +35,8 @@ class Run:
         """A new run. Raises RecipeError when the folder already holds something that a run or anybody else made;
         a run that ended before its first number left nothing worth keeping. `dry` only checks, and writes nothing."""
         if folder.exists() and not _holds_nothing(folder):
-            if (folder / "results.json").is_file():
-                found, remedy = "a finished run", f"open {folder}/report.html, or choose another --out"
+            if (folder / "report.html").is_file():
+                found, remedy = "a run with its report", f"open {folder}/report.html, or choose another --out"
             elif (folder / "recipe.toml").is_file():
                 found = "an unfinished run"
                 remedy = "go on with `heatbath sft|rl|eval` (an unfinished stage starts again), or choose another --out"

@@ -85,7 +85,7 @@ def test_results_can_be_computed_again_from_the_samples(finished: Path) -> None:
 def test_an_existing_folder_is_refused_and_untouched(finished: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
     again = heatbath("run", "small.toml", cwd=finished.parents[1])
-    assert again.returncode == 2 and "holds a finished run" in again.stderr and "--out" in again.stderr
+    assert again.returncode == 2 and "holds a run with its report" in again.stderr and "--out" in again.stderr
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
     other = heatbath("eval", "small.toml", cwd=finished.parents[1])  # without sft.epochs=3: another recipe
     assert other.returncode == 2 and "another recipe" in other.stderr

@@ -122,7 +122,7 @@ def _surprise_text(profile: dict[str, Any]) -> str:
     elif share > 0.05:
         reading = "enough that the start may be neither base nor expert."
     else:
-        reading = "between 0.1 % and 5 %, where GIFT differs from SFT without losing the demonstrations."
+        reading = "GIFT differs from SFT here; whether for the better, only a comparison with SFT tells."
     return f"β = {beta:g} leaves {share:.2%} of the supervised tokens to the base (w < 0.5): {reading} {tail}"
 
 
