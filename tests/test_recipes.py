@@ -67,8 +67,8 @@ def test_a_resolved_recipe_reads_back_as_itself() -> None:
         ({**MINIMAL, "rl": {"prompts": 10, "update_prompts": 4}}, ["rl: prompts (10) must be a multiple"]),
         ({**MINIMAL, "rl": {"micro_batch": 7}}, ["must be a multiple of micro_batch (7)"]),
         ({**MINIMAL, "eval": {"samples": 4, "k": [8]}}, ["eval: pass@8 needs at least 8 samples"]),
-        ({"model": "m", "data": {"source": "jsonl"}, "sft": {}}, ["the sft stage reads data.demos"]),
-        ({"model": "m", "data": {"source": "hub"}}, ["data: input tag 'hub'"]),
+        ({"model": "m", "data": {"source": "files"}, "sft": {}}, ["the sft stage reads data.demos"]),
+        ({"model": "m", "data": {"source": "hug"}}, ["data.source: no source is called 'hug', did you mean 'hub'?"]),
         ({"data": {"source": "arithmetic"}}, ["model: required"]),
     ],
 )

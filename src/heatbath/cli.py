@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from heatbath.allocator import keep_freed_memory
-from heatbath.errors import HeatbathError
+from heatbath.errors import HeatbathError, RecipeError
 
 if TYPE_CHECKING:
     from heatbath.progress import Progress
@@ -33,8 +33,15 @@ app = typer.Typer(
 
 RecipeArgument = Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, applied over the recipe.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Read recipe and data, print the plan, train nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Read and check recipe and data, print the plan, train nothing.")
+]
 Out = Annotated[Path | None, typer.Option("--out", help="The run's folder; default runs/<recipe name>.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what the run's folder holds.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: drop what the run's folder holds of these stages.")]
+Change = Annotated[
+    list[str] | None, typer.Option("--change", help="A key that may differ from the run's recipe; may be repeated.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, nothing else.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show the libraries' own messages and tracebacks.")]
 
@@ -45,11 +52,14 @@ def run(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     out: Out = None,
+    resume: Resume = False,
+    fresh: Fresh = False,
+    change: Change = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """All stages of a recipe: sft, rl, eval, report."""
-    _stage("run", recipe, overrides, dry_run, out, json, verbose)
+    _stage("run", recipe, overrides, dry_run, out, (resume, fresh, change), json, verbose)
 
 
 @app.command()
@@ -58,11 +68,14 @@ def sft(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     out: Out = None,
+    resume: Resume = False,
+    fresh: Fresh = False,
+    change: Change = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """The warm start alone: base to init."""
-    _stage("sft", recipe, overrides, dry_run, out, json, verbose)
+    _stage("sft", recipe, overrides, dry_run, out, (resume, fresh, change), json, verbose)
 
 
 @app.command()
@@ -71,11 +84,14 @@ def rl(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     out: Out = None,
+    resume: Resume = False,
+    fresh: Fresh = False,
+    change: Change = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Reinforcement learning alone: init (or base) to final."""
-    _stage("rl", recipe, overrides, dry_run, out, json, verbose)
+    _stage("rl", recipe, overrides, dry_run, out, (resume, fresh, change), json, verbose)
 
 
 @app.command("eval")
@@ -84,11 +100,39 @@ def evaluate(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     out: Out = None,
+    resume: Resume = False,
+    fresh: Fresh = False,
+    change: Change = None,
+    rescore: Annotated[bool, typer.Option("--rescore", help="Grade the samples there are again; sample none.")] = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Sample, grade and compare the policies a run has so far."""
-    _stage("eval", recipe, overrides, dry_run, out, json, verbose)
+    _stage("rescore" if rescore else "eval", recipe, overrides, dry_run, out, (resume, fresh, change), json, verbose)
+
+
+@app.command()
+def inspect(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option("-n", min=1, help="How many demonstrations.")] = 3,
+    row: Annotated[int | None, typer.Option("--row", min=1, help="One demonstration by its number.")] = None,
+    surprise: Annotated[bool, typer.Option("--surprise", help="Colour tokens by what they cost the base.")] = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Demonstrations exactly as the loss sees them, coloured by mask or by surprise."""
+    from rich.console import Console
+
+    from heatbath import inspecting
+    from heatbath.recipe import load
+
+    _settle_libraries(verbose)
+    found = inspecting.inspect(load(recipe, overrides), count=count, row=row, surprise=surprise)
+    if json:
+        typer.echo(jsonlib.dumps(found, ensure_ascii=False))
+    else:
+        inspecting.show(found, Console())
 
 
 @app.command()
@@ -102,16 +146,27 @@ def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")],
 
 
 @app.command()
-def recipes(json: Json = False) -> None:
-    """List the shipped recipes."""
-    from heatbath.recipe import shipped
+def recipes(
+    action: Annotated[str, typer.Argument(help="list, or copy NAME [TO].")] = "list",
+    name: Annotated[str | None, typer.Argument(help="The recipe to copy.")] = None,
+    to: Annotated[Path | None, typer.Argument(help="File or folder; default the working folder.")] = None,
+    json: Json = False,
+) -> None:
+    """List the shipped recipes, or copy one to edit it."""
+    from heatbath.recipe import copy, shipped
 
+    if action == "copy" and name is not None:
+        written = copy(name, to)
+        typer.echo(jsonlib.dumps({"written": str(written)}) if json else written)
+        return
+    if action != "list":
+        raise RecipeError(f"'{action}' with no recipe to copy", "command line", "heatbath recipes copy NAME [TO]")
     found = {name: path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for name, path in shipped().items()}
     if json:
         typer.echo(jsonlib.dumps(found))
     else:
         for name, line in found.items():
-            typer.echo(f"{name:12} {line}")
+            typer.echo(f"{name:16} {line}")
 
 
 @app.command()
@@ -130,34 +185,39 @@ def _stage(
     overrides: list[str] | None,
     dry_run: bool,
     out: Path | None,
+    opening: tuple[bool, bool, list[str] | None],
     json: bool,
     verbose: bool,
 ) -> None:
+    from heatbath.opening import Opening, open_run
     from heatbath.recipe import load
 
+    resume, fresh, change = opening
+    how = Opening(resume, fresh, tuple(change or ()))
     _settle_libraries(verbose)
     keep_freed_memory()
     loaded = load(recipe, overrides)
     if dry_run:
-        from heatbath.stages.pipeline import plan
+        from heatbath.stages import plan
 
-        typer.echo(jsonlib.dumps(plan(loaded), indent=None if json else 1, ensure_ascii=False))
+        found = plan.plan(loaded, [a for a in sys.argv[1:] if a not in ("--dry-run", "--json")])
+        typer.echo(jsonlib.dumps(found, ensure_ascii=False) if json else plan.show(found))
         return
     from heatbath.progress import Progress
-    from heatbath.run import Run
     from heatbath.stages.pipeline import check, stages_of
 
     folder = out or Path("runs") / Path(recipe).stem
-    opening = Run.create if stage == "run" else Run.open
+    stages = {"run": stages_of(loaded), "rescore": ("eval",)}.get(stage, (stage,))
     progress = Progress(quiet=json)
-    opening(folder, loaded, dry=True)
-    progress.say(f"run folder: {folder}; reading the data and the tokenizer of {loaded.model}")
-    check(loaded, stages_of(loaded) if stage == "run" else (stage,))
-    opened = opening(folder, loaded)
+    open_run(folder, loaded, stages, how, dry=True)
+    progress.say(f"run folder: {folder}; checking the data against the tokenizer of {loaded.model or 'the new base'}")
+    for note in check(loaded, stages)[0].notes:
+        progress.say(note)
+    opened = open_run(folder, loaded, stages, how)
     try:
         result = _call(stage, opened, loaded, progress)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; finished stages and samples are in {folder}", err=True)
+        typer.echo(f"interrupted; --resume goes on with {folder}", err=True)
         raise typer.Exit(130) from None
     if json:
         typer.echo(jsonlib.dumps({"run": str(folder), **(result or {})}))
@@ -166,23 +226,13 @@ def _stage(
 
 
 def _call(stage: str, opened: Run, loaded: Recipe, progress: Progress) -> dict[str, Any] | None:
-    if stage == "sft":
-        from heatbath.stages.sft import run_sft
+    if stage == "rescore":
+        from heatbath.stages.evaluate import rescore
 
-        run_sft(opened, loaded, progress)
-        return None
-    if stage == "rl":
-        from heatbath.stages.rl import run_rl
+        return rescore(opened, loaded, progress)
+    from heatbath.stages.pipeline import run_all, run_stage
 
-        run_rl(opened, loaded, progress)
-        return None
-    if stage == "eval":
-        from heatbath.stages.evaluate import run_evaluation
-
-        return run_evaluation(opened, loaded, progress)
-    from heatbath.stages.pipeline import run_all
-
-    return run_all(opened, loaded, progress)
+    return run_all(opened, loaded, progress) if stage == "run" else run_stage(stage, opened, loaded, progress)
 
 
 def _closing(opened: Run, result: dict[str, Any] | None) -> str:

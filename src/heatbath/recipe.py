@@ -1,6 +1,6 @@
 """One typed TOML file describes a whole run. Unknown keys are refused; nothing a user sets is ever overwritten.
 
-Defaults are the first paper's settings (arXiv 2601.09233, appendix E). Importing this module imports no torch.
+The tables and their defaults are in sections.py. Importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -8,190 +8,18 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import json
+import shutil
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ValidationError
 
 from heatbath.errors import RecipeError
+from heatbath.sections import RL, SFT, AnyData, Eval, Recipe
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Epochs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Unit = Annotated[float, Field(ge=0, lt=1)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-
-class ArithmeticData(Section):
-    """The built-in task: sums with worked solutions (`data/arithmetic.py`). Split sizes are numbers of problems."""
-
-    source: Literal["arithmetic"]
-    digits: Annotated[int, Field(ge=1, le=9)] = 2
-    operations: Annotated[list[Literal["+", "-"]], Field(min_length=1)] = ["+"]
-    paths: Annotated[list[Literal["tens", "columns", "round"]], Field(min_length=1)] = ["tens", "columns", "round"]
-    demos: Count = 128
-    validation: Count = 32
-    prompts: Count = 256
-    test: Count = 100
-    system: str | None = None
-
-    @field_validator("operations", "paths")
-    @classmethod
-    def distinct(cls, value: list[str]) -> list[str]:
-        if len(set(value)) < len(value):
-            raise ValueError("each may be named once")
-        return value
-
-
-class Fields(Section):
-    """The names of the fields in the user's own rows."""
-
-    question: str = "question"
-    solution: str = "solution"
-    answer: str = "answer"
-
-
-class JsonlData(Section):
-    """JSON-lines files; a file is needed for each stage that reads it."""
-
-    source: Literal["jsonl"]
-    demos: Path | None = None
-    validation: Path | None = None
-    prompts: Path | None = None
-    test: Path | None = None
-    fields: Fields = Fields()
-    system: str | None = None
-
-
-class ObjectiveSpec(BaseModel):
-    """`name` and that objective's own hyper-parameters, checked against its definition in ideas/objectives.py."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    name: str
-
-    @property
-    def hyper(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-    @model_validator(mode="after")
-    def buildable(self) -> Self:
-        from heatbath.ideas.objectives import objective
-
-        objective(self.name, **self.hyper)
-        return self
-
-
-class Optimizer(Section):
-    """AdamW, shared by both stages. `lr` per step, `schedule` as transformers names it."""
-
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Count = 0
-    weight_decay: Rate = 0.01
-    adam_betas: tuple[Unit, Unit] = (0.9, 0.95)
-    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-
-
-class SFT(Optimizer):
-    """The warm start. `batch` and `micro_batch` count sequences: per optimizer step, and per forward pass."""
-
-    objective: ObjectiveSpec = Field(default_factory=lambda: ObjectiveSpec(name="sft"))
-    reduction: Literal["token_mean", "sequence_sum", "microbatch_token_mean"] = "token_mean"
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-5
-    epochs: Epochs = 6
-    batch: Positive = 128
-    micro_batch: Positive = 8
-    max_length: Annotated[int, Field(ge=2)] = 8192
-    log_every: Positive = 1
-
-    @field_validator("objective", mode="before")
-    @classmethod
-    def shorthand(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def divisible(self) -> Self:
-        if self.batch % min(self.micro_batch, self.batch):
-            raise ValueError(f"batch ({self.batch}) must be a multiple of micro_batch ({self.micro_batch})")
-        return self
-
-
-class RL(Optimizer):
-    """Reinforcement learning. `prompts` are sampled at once, `update_prompts` enter one optimizer step, each with
-    `group_size` completions; `micro_batch` counts completions per forward pass. `max_steps` ends before `epochs` do."""
-
-    policy: Literal["paper"] = "paper"
-    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-6
-    epochs: Epochs = 1
-    max_steps: Positive | None = None
-    prompts: Positive = 128
-    update_prompts: Positive = 64
-    group_size: Annotated[int, Field(ge=2)] = 8
-    micro_batch: Positive = 8
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    max_new_tokens: Positive = 8192
-    kl_every: Positive = 1
-
-    @model_validator(mode="after")
-    def divisible(self) -> Self:
-        if self.prompts % self.update_prompts:
-            raise ValueError(f"prompts ({self.prompts}) must be a multiple of update_prompts ({self.update_prompts})")
-        if (self.update_prompts * self.group_size) % self.micro_batch:
-            raise ValueError(
-                f"update_prompts × group_size ({self.update_prompts * self.group_size}) must be a multiple of "
-                f"micro_batch ({self.micro_batch})"
-            )
-        return self
-
-
-class Eval(Section):
-    """Sampling of the test problems. `k` are the pass@k reported; each needs `samples` ≥ k."""
-
-    samples: Positive = 8
-    k: Annotated[list[Positive], Field(min_length=1)] = [1, 8]
-    temperature: Annotated[float, Field(gt=0)] = 0.6
-    max_new_tokens: Positive = 8192
-    batch: Positive = 64
-
-    @model_validator(mode="after")
-    def enough_samples(self) -> Self:
-        if max(self.k) > self.samples:
-            raise ValueError(f"pass@{max(self.k)} needs at least {max(self.k)} samples, not {self.samples}")
-        return self
-
-
-class Reward(Section):
-    """Grading: the seconds a verdict may take and the worker processes that may work on verdicts."""
-
-    deadline: Annotated[float, Field(gt=0)] = 10.0
-    workers: Positive = 2
-
-
-class Recipe(Section):
-    """A whole run. A stage without its table is left out: no `[sft]` is direct RL, no `[rl]` is SFT alone."""
-
-    model: str
-    seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    data: Annotated[ArithmeticData | JsonlData, Field(discriminator="source")]
-    sft: SFT | None = None
-    rl: RL | None = None
-    eval: Eval = Eval()
-    reward: Reward = Reward()
-
-    @model_validator(mode="after")
-    def data_for_every_stage(self) -> Self:
-        if isinstance(self.data, JsonlData):
-            for stage, key in (("sft", "demos"), ("rl", "prompts")):
-                if getattr(self, stage) is not None and getattr(self.data, key) is None:
-                    raise ValueError(f"the {stage} stage reads data.{key}, and the recipe names no such file")
-        return self
+__all__ = ["RL", "SFT", "Eval", "Recipe", "as_toml", "changes", "copy", "find", "load", "parse", "shipped", "surface"]
+SOURCES = {get_args(cls.model_fields["source"].annotation)[0]: cls for cls in get_args(get_args(AnyData)[0])}
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -220,6 +48,8 @@ def parse(table: dict[str, Any], where: str = "recipe") -> Recipe:
         return Recipe.model_validate(table)
     except ValidationError as error:
         problems = [_explain(e) for e in error.errors()]
+        if not {"model", "pretrain"} & table.keys() and not any(p.startswith("model:") for p in problems):
+            problems.append("model: required (or a [pretrain] table that makes one)")
         count = f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"
         listed = "".join(f"\n  - {p}" for p in problems)
         raise RecipeError(f"{count} in the recipe:{listed}", where, "fix the keys named above") from None
@@ -230,6 +60,17 @@ def shipped() -> dict[str, Path]:
     installed = Path(str(importlib.resources.files("heatbath"))) / "recipes"
     folder = installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
     return {p.stem: p for p in sorted(folder.glob("*.toml"))}
+
+
+def copy(name: str, to: Path | None = None) -> Path:
+    """Copies a shipped recipe to `to` (default: its name in the working folder). Raises RecipeError if that exists."""
+    source = shipped().get(name.removesuffix(".toml")) or find(name)
+    target = to if to is not None else Path(source.name)
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise RecipeError("the file exists already; nothing was written", str(target), "name another file to copy to")
+    shutil.copyfile(source, target)
+    return target
 
 
 def find(path: str | Path) -> Path:
@@ -289,33 +130,71 @@ def _override(table: dict[str, Any], text: str) -> None:
     table[last] = parsed
 
 
+def changes(before: Recipe, after: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Key → (value before, value after) of every key in which two recipes differ."""
+    old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
+    return {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
 def _explain(error: Any) -> str:
-    path = [part for part in error["loc"] if part not in ("arithmetic", "jsonl")]
+    path = [part for part in error["loc"] if part not in SOURCES]
     key = ".".join(str(p) for p in path)
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_did_you_mean(path)}"
+        return f"{key}: unknown key{_did_you_mean(path, error['loc'])}"
     if error["type"] == "missing":
         return f"{key}: required"
+    if error["type"] == "union_tag_invalid":
+        given = error["ctx"]["tag"]
+        return f"{key}.source: no source is called '{given}'{_near(given, list(SOURCES))}"
+    if error["type"] == "union_tag_not_found":
+        return f"{key}.source: required, one of {', '.join(SOURCES)}"
     message = error["msg"].removeprefix("Value error, ")
     got = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    if not key and ": " in message.partition(" (")[0]:
+        return message
     return f"{key or 'recipe'}: {message[0].lower() + message[1:]}{got}"
 
 
-def _did_you_mean(path: list[Any]) -> str:
+def _near(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f", did you mean '{near[0]}'?" if near else f" (known: {', '.join(known)})"
+
+
+def _did_you_mean(path: list[Any], location: tuple[Any, ...]) -> str:
     """The nearest key of the same table, or the table in which a key of that very name lives."""
     from heatbath.ideas.objectives import OBJECTIVES
 
     word = str(path[-1])
+    source = next((part for part in location if part in SOURCES), None)
+    if path[0] == "data" and source is not None and len(path) == 2:
+        if word in SOURCES[source].model_fields:
+            return ""
+        near = difflib.get_close_matches(word, SOURCES[source].model_fields, n=1, cutoff=0.6)
+        if near:
+            return f", did you mean '{near[0]}'?"
+        owners = [name for name, cls in SOURCES.items() if word in cls.model_fields]
+        if owners:
+            return f" of source '{source}'; it belongs to {' and '.join(owners)}"
     keys = surface() + [f"sft.objective.{f}" for cls in OBJECTIVES.values() for f in cls.__dataclass_fields__]
+    elsewhere = sorted({k for k in keys if k.rpartition(".")[2] == word and k != ".".join(map(str, path))})
+    if elsewhere:
+        return f" here, did you mean {' or '.join(repr(k) for k in elsewhere)}?"
     table = ".".join(str(p) for p in path[:-1])
     inside = [k.removeprefix(f"{table}.") for k in keys if not table or k.startswith(f"{table}.")]
     here = sorted({k.partition(".")[0] for k in inside})
     near = difflib.get_close_matches(word, here, n=1, cutoff=0.6)
     if near:
         return f", did you mean '{near[0]}'?"
-    elsewhere = [k for k in keys if k.rpartition(".")[2] == word]
-    if elsewhere:
-        return f" here, did you mean '{elsewhere[0]}'?"
     return f" (known here: {', '.join(here)})" if here else ""
 
 

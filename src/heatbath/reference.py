@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from heatbath.data.rendering import IGNORE, Rendered
+from heatbath.errors import RunError
 from heatbath.ideas.engine import label_logps
 from heatbath.ideas.objectives import Gift
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROFILE_BETAS = (5.0, 10.0, 15.0, 20.0, 25.0)
 HISTOGRAM_NATS = 40
 LEFT_TO_BASE = 0.02  # the share of tokens for which the profile suggests a β
+
+
+class Reference(Protocol):
+    """Where the base's view of the same inputs comes from."""
+
+    def hidden(self, **inputs: Tensor) -> Tensor:
+        """Final hidden states, [B, T, d]."""
+        ...
+
+    @property
+    def head(self) -> Tensor:
+        """Output embedding, [V, d]."""
+        ...
 
 
 class FrozenBase:
@@ -37,6 +53,46 @@ class FrozenBase:
     def head(self) -> Tensor:
         """Output embedding, [V, d]."""
         return self._model[0].get_output_embeddings().weight
+
+
+class AdaptersOff:
+    """The base as the policy's own weights with its LoRA adapters switched off: no second model in memory."""
+
+    def __init__(self, model: PeftModel):
+        self._model = [model]
+
+    @torch.no_grad()
+    def hidden(self, **inputs: Tensor) -> Tensor:
+        """Final hidden states, [B, T, d], without adapters and without dropout."""
+        policy = self._model[0]
+        training = policy.training
+        with policy.disable_adapter():
+            policy.eval()
+            try:
+                out: Tensor = policy.get_base_model().base_model(**inputs, use_cache=False).last_hidden_state
+            finally:
+                policy.train(training)
+        return out
+
+    @property
+    def head(self) -> Tensor:
+        """Output embedding, [V, d]; adapters on it would not be the base's. Raises RunError where it has some."""
+        head = self._model[0].get_base_model().get_output_embeddings()
+        if isinstance(head, BaseTunerLayer):
+            raise RunError("an adapter sits on the output head", "lora.targets", "leave lm_head out of the targets")
+        weight: Tensor = head.weight.detach()
+        return weight
+
+
+def require_same_vocabulary(policy: torch.nn.Module, reference: Reference) -> None:
+    """Raises RunError when the reference cannot be the base of the policy: its head has another vocabulary."""
+    ours, theirs = policy.get_output_embeddings().weight.shape[0], reference.head.shape[0]
+    if ours != theirs:
+        raise RunError(
+            f"the reference is not the base of the policy: {theirs:,} against {ours:,} tokens in the vocabulary",
+            "reference",
+            "give the model that the policy was started from",
+        )
 
 
 def surprises(

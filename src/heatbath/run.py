@@ -1,4 +1,7 @@
-"""A run is a folder: recipe.toml, env.json, metrics.jsonl, surprise.json, samples.jsonl, checkpoints/, report.html."""
+"""A run is a folder: recipe.toml, env.json, metrics.jsonl, surprise.json, samples.jsonl, checkpoints/, report.html.
+
+Every stage goes on from it: a finished one is kept, an unfinished one continues from its last complete checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ from heatbath import recipe as recipes
 from heatbath.errors import RecipeError, RunError
 from heatbath.recipe import Recipe
 
-CHECKPOINTS = {"sft": "init", "rl": "final"}
+CHECKPOINTS = {"pretrain": "base", "sft": "init", "rl": "final"}
+STAGES = (*CHECKPOINTS, "eval")
+COMPLETE = "complete"  # the mark of a checkpoint whose every file is on the disk
+RESULTS = ("results.json", "report.html", "report.md", "report.json")
 VERSIONED = ("heatbath", "torch", "transformers", "trl", "datasets", "accelerate", "peft", "math-verify", "numpy")
 
 
@@ -31,33 +37,11 @@ class Run:
         self.folder, self.recipe = folder, recipe
 
     @classmethod
-    def create(cls, folder: Path, recipe: Recipe, *, dry: bool = False) -> Run:
-        """A new run. Raises RecipeError when the folder already holds something that a run or anybody else made;
-        a run that ended before its first number left nothing worth keeping. `dry` only checks, and writes nothing."""
-        if folder.exists() and not _holds_nothing(folder):
-            if (folder / "report.html").is_file():
-                found, remedy = "a run with its report", f"open {folder}/report.html, or choose another --out"
-            elif (folder / "recipe.toml").is_file():
-                found = "an unfinished run"
-                remedy = "go on with `heatbath sft|rl|eval` (an unfinished stage starts again), or choose another --out"
-            else:
-                found, remedy = "something else", "choose another --out"
-            raise RecipeError(f"the output folder exists and holds {found}; nothing was touched", str(folder), remedy)
-        return cls(folder, recipe) if dry else cls._write(folder, recipe)
-
-    @classmethod
-    def open(cls, folder: Path, recipe: Recipe, *, dry: bool = False) -> Run:
-        """The run in that folder, made if absent (not if `dry`). Raises RecipeError when another recipe made it."""
-        if not folder.exists() or _holds_nothing(folder):
-            return cls(folder, recipe) if dry else cls._write(folder, recipe)
-        before = cls.read(folder).recipe
-        if before != recipe:
-            raise RecipeError(
-                "the folder holds a run of another recipe",
-                str(folder / "recipe.toml"),
-                "use the same recipe and overrides, or another --out",
-            )
-        return cls(folder, recipe)
+    def create(cls, folder: Path, recipe: Recipe) -> Run:
+        """A new run. Raises RecipeError when the folder already holds something (see opening.py for going on)."""
+        if folder.exists() and not holds_nothing(folder):
+            raise RecipeError("the output folder exists and is not empty", str(folder), "choose another --out")
+        return cls(folder, recipe).write()
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -66,49 +50,120 @@ class Run:
             raise RecipeError("not a run: it holds no recipe.toml", str(folder), "give the folder that --out named")
         return cls(folder, recipes.load(folder / "recipe.toml"))
 
-    @classmethod
-    def _write(cls, folder: Path, recipe: Recipe) -> Run:
-        run = cls(folder, recipe)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "recipe.toml", recipes.as_toml(recipe))
-        write_atomically(folder / "env.json", json.dumps(environment(recipe.precision), indent=1) + "\n")
-        return run
+    def write(self) -> Run:
+        """Writes recipe.toml and env.json; returns the run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "base.json").unlink(missing_ok=True)
+        self.write_recipe()
+        write_atomically(self.folder / "env.json", json.dumps(environment(self.recipe.precision), indent=1) + "\n")
+        return self
+
+    def write_recipe(self) -> None:
+        write_atomically(self.folder / "recipe.toml", recipes.as_toml(self.recipe))
 
     @property
     def policies(self) -> list[str]:
         """The policies of this run in order: base, and init / final where the recipe has that stage."""
-        names = [CHECKPOINTS[s] for s in ("sft", "rl") if getattr(self.recipe, s) is not None]
-        return ["base", *names]
+        return ["base", *(CHECKPOINTS[s] for s in ("sft", "rl") if getattr(self.recipe, s) is not None)]
 
     def checkpoint(self, policy: str) -> Path:
         return self.folder / "checkpoints" / policy
 
     def model_of(self, policy: str) -> str:
         """What `models.load_model` takes for that policy. Raises RunError when its stage has not run."""
-        if policy == "base":
+        if policy == "base" and self.recipe.model is not None:
             return self.recipe.model
         folder = self.checkpoint(policy)
         if not folder.is_dir():
-            stage = next(s for s, name in CHECKPOINTS.items() if name == policy)
-            raise RunError(f"the run has no '{policy}' policy yet", str(folder), f"run the {stage} stage first")
+            raise RunError(
+                f"the run has no '{policy}' policy yet", str(folder), f"run the {stage_of(policy)} stage first"
+            )
         return str(folder)
+
+    def template_of(self, policy: str) -> str | None:
+        """The chat template to load a policy's tokenizer with: the recipe's for the base; a policy that this run
+        trained brings the one it was taught in."""
+        return self.recipe.template if self.model_of(policy) == self.recipe.model else None
+
+    def working(self, stage: str) -> Path:
+        """Where a training stage keeps what it needs to be resumed."""
+        return self.folder / "checkpoints" / f".{stage}"
+
+    def last_checkpoint(self, stage: str) -> Path | None:
+        """The newest complete checkpoint of an unfinished stage, or None; incomplete ones are removed."""
+        found: list[tuple[int, Path]] = []
+        for path in self.working(stage).glob("checkpoint-*"):
+            if (path / COMPLETE).is_file():
+                found.append((int(path.name.rpartition("-")[2]), path))
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+        return max(found)[1] if found else None
+
+    def finished(self, stage: str) -> bool:
+        """Whether a stage has left its policy, or the evaluation its results."""
+        if stage == "eval":
+            return (self.folder / "results.json").is_file()
+        return self.checkpoint(CHECKPOINTS[stage]).is_dir()
+
+    def begun(self, stage: str) -> bool:
+        """Whether a stage has left anything: a log row, a checkpoint, a sample, or its end."""
+        if stage == "eval":
+            return (self.folder / "samples.jsonl").exists() or self.finished(stage)
+        return self.finished(stage) or self.working(stage).exists() or bool(self.metrics(stage))
+
+    def forget(self, stage: str) -> None:
+        """Removes everything that a stage has left, with the samples of the policy it made and all results."""
+        for name in RESULTS:
+            (self.folder / name).unlink(missing_ok=True)
+        if stage == "eval":
+            (self.folder / "samples.jsonl").unlink(missing_ok=True)
+            return
+        policy = CHECKPOINTS[stage]
+        self._keep_rows("samples.jsonl", lambda row: row["policy"] != policy)
+        self._keep_rows("metrics.jsonl", lambda row: row["stage"] != stage)
+        if stage == "sft":
+            (self.folder / "surprise.json").unlink(missing_ok=True)
+        shutil.rmtree(self.working(stage), ignore_errors=True)
+        if self.checkpoint(policy).exists():  # away in one step: a kill leaves no half of a policy under its name
+            doomed = self.checkpoint(policy).with_name(f".{policy}.removed")
+            self.checkpoint(policy).rename(doomed)
+            shutil.rmtree(doomed)
 
     @contextmanager
     def new_checkpoint(self, policy: str) -> Iterator[Path]:
         """A folder to save into; it takes its name only once complete. Raises RunError when the policy exists.
 
-        What an earlier attempt at the stage had logged goes, so that the log holds one attempt.
+        Of what an earlier attempt had logged, only the rows up to its last complete checkpoint stay.
         """
-        final = self.checkpoint(policy)
+        final, stage = self.checkpoint(policy), stage_of(policy)
         if final.exists():
-            raise RunError(f"the '{policy}' policy of this run is already trained", str(final), "use another --out")
+            raise RunError(
+                f"the '{policy}' policy of this run is already trained",
+                str(final),
+                "--fresh trains it again, or choose another --out",
+            )
         unfinished = final.with_name(f".{policy}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        stage = next(s for s, name in CHECKPOINTS.items() if name == policy)
-        self._keep_rows("metrics.jsonl", lambda row: row["stage"] != stage)
+        last = self.last_checkpoint(stage)
+        kept = -1 if last is None else int(last.name.rpartition("-")[2])
+        self._keep_rows("metrics.jsonl", lambda row: row["stage"] != stage or row["step"] <= kept)
         yield unfinished
         unfinished.rename(final)
+        shutil.rmtree(self.working(stage), ignore_errors=True)
+
+    def require_same_base(self, fingerprint: str) -> None:
+        """Raises RunError when the base is not the model this run began with: a folder's content may have changed, and
+        a policy must not be compared with, or trained towards, another base than its own."""
+        known = self.read_json("base.json")
+        if known is None:
+            self.write_json("base.json", {"model": self.recipe.model, "fingerprint": fingerprint})
+        elif known["fingerprint"] != fingerprint:
+            raise RunError(
+                "the base model is not the one this run began with: its weights have changed",
+                self.recipe.model or str(self.checkpoint("base")),
+                "put the former model back, or start anew with another --out",
+            )
 
     def log(self, stage: str, step: int, values: dict[str, float]) -> None:
         """Appends a row to metrics.jsonl; NaN (the mean reward where nothing was graded) is left out."""
@@ -123,6 +178,11 @@ class Run:
 
     def add_samples(self, rows: list[dict[str, Any]]) -> None:
         append_jsonl(self.folder / "samples.jsonl", rows)
+
+    def replace_samples(self, rows: list[dict[str, Any]]) -> None:
+        write_atomically(
+            self.folder / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        )
 
     def _keep_rows(self, name: str, wanted: Callable[[dict[str, Any]], bool]) -> None:
         rows = read_jsonl(self.folder / name)
@@ -139,12 +199,19 @@ class Run:
         return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _holds_nothing(folder: Path) -> bool:
+def stage_of(policy: str) -> str:
+    """The stage that makes a policy."""
+    return next(stage for stage, made in CHECKPOINTS.items() if made == policy)
+
+
+def holds_nothing(folder: Path) -> bool:
     """Whether the folder is empty, or holds only what a run writes before its first number."""
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    return names <= {"recipe.toml", "env.json", "checkpoints"} and not any(folder.glob("checkpoints/[!.]*"))
+    return names <= {"recipe.toml", "env.json", "base.json", "checkpoints"} and not any(
+        folder.glob("checkpoints/[!.]*")
+    )
 
 
 def environment(precision: str) -> dict[str, Any]:

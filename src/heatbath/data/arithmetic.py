@@ -1,17 +1,20 @@
 """The built-in task: sums and differences with worked solutions, deterministic by seed.
 
-Every problem of the chosen size exists once, so splits are disjoint by construction; a + b and b + a count as one
-problem. A solution follows one of several valid paths, so that a start can be asked whether it kept more than one.
+Every problem of the chosen size exists once (a + b and b + a count as one problem), and a quarter of them, chosen by
+content, is held out: validation and test problems of any run are trained on in none, the pretraining of the tiny base
+included. A solution takes one of several forms, so that a start can be asked whether it kept more than one; a share
+of the demonstrations can be made wrong.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from heatbath.data.rows import Row
+from heatbath.data.rows import HELD_OUT, Row, position
 
-PATHS = ("tens", "columns", "round")
+FORMS = ("tens", "columns", "round", "ones", "bare")
 OPERATIONS = ("+", "-")
 
 
@@ -27,17 +30,30 @@ class Sum:
     def answer(self) -> int:
         return self.a + self.b if self.operation == "+" else self.a - self.b
 
+    @property
+    def held_out(self) -> bool:
+        """Whether the problem is one of those never trained on; the order of the summands does not matter."""
+        low, high = sorted((self.a, self.b))
+        return position(f"{low} {self.operation} {high}") < HELD_OUT
 
-def problems(digits: int, operations: tuple[str, ...], count: int, seed: int) -> list[Sum]:
-    """The first `count` of all problems with numbers of that many digits, in an order fixed by the seed.
+
+def problems(digits: int, operations: tuple[str, ...], count: int, seed: int, *, held_out: bool) -> list[Sum]:
+    """The first `count` problems with numbers of that many digits, in an order fixed by the seed.
 
     A longer list begins with the shorter one of the same seed. Raises ValueError when fewer problems exist.
     """
     low, high = (10 ** (digits - 1) if digits > 1 else 0), 10**digits
     numbers = range(low, high)
     total = len(operations) * len(numbers) * (len(numbers) + 1) // 2
+    if total <= 20_000:  # few enough to count; of more, no run could want them all
+        every = (Sum(max(a, b), min(a, b), o) for o in operations for a in numbers for b in numbers if b <= a)
+        total = sum(p.held_out == held_out for p in every)
     if count > total:
-        raise ValueError(f"{count} problems wanted, but only {total} exist with {digits} digits and {operations}")
+        kind = "held-out" if held_out else "training"
+        raise ValueError(
+            f"{count:,} {kind} problems wanted, but only {total:,} exist with {digits} digit{'s' * (digits > 1)} and "
+            f"{' '.join(operations)}"
+        )
     rng = random.Random(f"heatbath arithmetic {digits} {operations} {seed}")
     seen: set[Sum] = set()
     out: list[Sum] = []
@@ -46,40 +62,52 @@ def problems(digits: int, operations: tuple[str, ...], count: int, seed: int) ->
         operation = rng.choice(operations)
         key = Sum(y, x, operation)
         swap = rng.random() < 0.5
-        if key not in seen:
+        if key not in seen and key.held_out == held_out:
             seen.add(key)
             out.append(Sum(x, y, operation) if operation == "+" and swap else key)
     return out
 
 
-def solve(problem: Sum, path: str) -> str:
-    """A worked solution along one of `PATHS`, ending in the answer."""
+def solve(problem: Sum, form: str) -> str:
+    """A worked solution in one of `FORMS`, ending in the answer."""
     a, b, o = problem.a, problem.b, problem.operation
     head = f"{a} {o} {b}"
-    if path == "tens":  # the tens of b first, then its ones
+    if form == "tens":  # the tens of b first, then its ones
         return f"{head} = {_apply(a, b - b % 10, o)} {o} {b % 10} = {problem.answer}"
-    if path == "columns":  # tens with tens, ones with ones
+    if form == "columns":  # tens with tens, ones with ones
         tens, ones = _apply(a - a % 10, b - b % 10, o), _apply(a % 10, b % 10, o)
         sign, ones = ("+", ones) if ones >= 0 else ("-", -ones)
         return f"{head} = {tens} {sign} {ones} = {problem.answer}"
-    if path == "round":  # b rounded up to tens, then corrected
+    if form == "round":  # b rounded up to tens, then corrected
         up = -(-b // 10) * 10
         back = "-" if o == "+" else "+"
         return f"{head} = {_apply(a, up, o)} {back} {up - b} = {problem.answer}"
-    raise ValueError(f"unknown path '{path}'; known: {', '.join(PATHS)}")
+    if form == "ones":  # the ones of b first, then its tens
+        return f"{head} = {_apply(a, b % 10, o)} {o} {b - b % 10} = {problem.answer}"
+    if form == "bare":  # no intermediate step
+        return f"{head} = {problem.answer}"
+    raise ValueError(f"unknown form '{form}'; known: {', '.join(FORMS)}")
 
 
-def rows(digits: int, operations: tuple[str, ...], paths: tuple[str, ...], count: int, seed: int) -> list[Row]:
-    """Problems with one worked solution each, its path drawn by the seed from `paths`."""
-    rng = random.Random(f"heatbath paths {paths} {seed}")
-    return [
-        Row(
-            question=f"What is {p.a} {p.operation} {p.b}?",
-            solution=solve(p, rng.choice(paths)),
-            answer=str(p.answer),
-        )
-        for p in problems(digits, operations, count, seed)
-    ]
+def flawed(solution: str, answer: int, rng: random.Random) -> str:
+    """The solution with a wrong last number, of the kind a slip makes: off by one, by ten, or by a lost carry."""
+    wrong = answer
+    while wrong == answer or wrong < 0:
+        wrong = answer + rng.choice((1, -1, 2, -2, 10, -10, 9, -9))
+    return f"{solution.rpartition('= ')[0]}= {wrong}"
+
+
+def rows(sums: list[Sum], forms: tuple[str, ...], *, paths: int, label_noise: float, seed: int) -> Iterator[Row]:
+    """`paths` rows of each problem, each solved in another of `forms` drawn by the seed; a share `label_noise` of the
+    rows ends in a wrong number. `answer` is always right."""
+    rng = random.Random(f"heatbath forms {forms} {paths} {label_noise} {seed}")
+    for number, problem in enumerate(sums, 1):
+        for form in rng.sample(forms, paths):
+            solution = solve(problem, form)
+            if rng.random() < label_noise:
+                solution = flawed(solution, problem.answer, rng)
+            question = f"What is {problem.a} {problem.operation} {problem.b}?"
+            yield Row(question, solution, str(problem.answer), origin=f"problem {number}")
 
 
 def _apply(x: int, y: int, operation: str) -> int:

@@ -31,9 +31,13 @@ class Rendered:
 
 
 def messages(row: Row, system: str | None = None) -> list[dict[str, str]]:
-    """The conversation up to and including the question."""
+    """The conversation up to and including the question. Raises DataError when row and recipe both have a system
+    message: one would overwrite the other."""
+    history = [{"role": role, "content": content} for role, content in row.history]
+    if system and any(turn["role"] == "system" for turn in history):
+        raise DataError("the row has a system message of its own", row.origin, "leave out data.system, or the row's")
     head = [{"role": "system", "content": system}] if system else []
-    return [*head, {"role": "user", "content": row.question}]
+    return [*head, *history, {"role": "user", "content": row.question}]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]]) -> list[int]:
@@ -51,14 +55,14 @@ def render(
     template renders the prompt differently once the answer follows, because the boundary would then be a guess.
     """
     if row.solution is None:
-        raise DataError("a demonstration without a solution", f"question {row.question[:80]!r}", "give it a solution")
+        raise DataError("a demonstration without a solution", place(row), "give it a solution")
     conversation = messages(row, system)
     prompt = prompt_ids(tokenizer, conversation)
     full = _ids(tokenizer, [*conversation, {"role": "assistant", "content": row.solution}])
     if full[: len(prompt)] != prompt:
         raise DataError(
             "the chat template renders the prompt differently when an answer follows it",
-            f"question {row.question[:80]!r}",
+            place(row),
             "use a template whose generation prompt is a prefix of the whole conversation",
         )
     eos = tokenizer.eos_token_id
@@ -70,6 +74,11 @@ def render(
     labels = [IGNORE] * len(prompt) + completion
     cut = max_length is not None and len(ids) > max_length
     return Rendered(ids[:max_length], labels[:max_length], truncated=cut)
+
+
+def place(row: Row) -> str:
+    """Where a row is, in words a user can find it by."""
+    return f"{row.origin}: {row.question[:80]!r}" if row.origin else f"question {row.question[:80]!r}"
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], **kwargs: Any) -> list[int]:

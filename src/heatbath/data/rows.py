@@ -1,30 +1,96 @@
-"""The row every source yields, and the disjoint splits a run reads."""
+"""The row every source yields, the disjoint splits a run reads, and the rule by which a problem is held out."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+
+HELD_OUT = 0.25  # of all problems of a procedural task; they are only ever used for validation and test
 
 
 @dataclass(frozen=True)
 class Row:
-    """A problem, and where known its worked solution and its final answer."""
+    """A problem, and where known one worked solution and its final answer.
+
+    `history` holds the turns before the question as (role, content); `origin` is where the row came from, in the
+    user's words.
+    """
 
     question: str
     solution: str | None = None
     answer: str | None = None
+    history: tuple[tuple[str, str], ...] = ()
+    origin: str = field(default="", compare=False)
 
     @property
     def id(self) -> str:
-        """Content hash of question and answer: the same problem has the same id in every run."""
-        return hashlib.sha256(f"{self.question}\0{self.answer}".encode()).hexdigest()[:12]
+        """Content hash of problem and answer: the same problem has the same id in every run."""
+        turns = "".join(f"{role}\0{content}\0" for role, content in self.history)
+        return hashlib.sha256(f"{turns}{self.question}\0{self.answer}".encode()).hexdigest()[:12]
+
+    @property
+    def problem(self) -> str:
+        """The problem as it is compared between splits: case and white space do not make another problem of it."""
+        return normalised(" ".join([*(content for _, content in self.history), self.question]))
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What a run reads: demonstrations for SFT and its validation, prompts for RL, problems for evaluation."""
+    """What a run reads: demonstrations for SFT and its validation, prompts for RL, problems for evaluation.
+
+    `notes` are what a user should hear about how they came to be (duplicates dropped, contaminated rows removed).
+    """
 
     demos: list[Row]
     validation: list[Row]
     prompts: list[Row]
     test: list[Row]
+    notes: tuple[str, ...] = ()
+
+    def named(self) -> dict[str, list[Row]]:
+        """Name → rows, in the order of the fields."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "notes"}
+
+
+def normalised(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip().casefold()
+
+
+def position(problem: str, salt: str = "") -> float:
+    """Where a problem falls in [0, 1), by its content alone (and `salt`): the order in which splits are drawn."""
+    digest = hashlib.sha256(f"{salt}\0{normalised(problem)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def split_by_content(rows: Iterable[Row], sizes: dict[str, int], seed: int) -> Splits:
+    """Draws the splits from one pool of rows, whole problems at a time.
+
+    `test` and then `validation` are the problems that come first by content hash: they are the same for every seed, and
+    whatever the sizes of the others. `demos` and then `prompts` are drawn from the rest in an order fixed by the seed.
+    Several rows of one problem (several solutions) stay together; a size counts problems. Raises ValueError when the
+    pool is too small.
+    """
+    by_problem: dict[str, list[Row]] = {}
+    for row in rows:
+        by_problem.setdefault(row.problem, []).append(row)
+    wanted = sum(sizes.values())
+    if wanted > len(by_problem):
+        raise ValueError(f"{wanted:,} problems wanted, but the pool holds {len(by_problem):,} different ones")
+    fixed = sorted(by_problem, key=position)
+    front = sizes["test"] + sizes["validation"]
+    rest = sorted(fixed[front:], key=lambda problem: position(problem, f"seed {seed}"))
+    parts = {
+        "test": fixed[: sizes["test"]],
+        "validation": fixed[sizes["test"] : front],
+        "demos": rest[: sizes["demos"]],
+        "prompts": rest[sizes["demos"] : sizes["demos"] + sizes["prompts"]],
+    }
+    # One row of a problem is enough where no solution is read.
+    return Splits(
+        demos=[row for problem in parts["demos"] for row in by_problem[problem]],
+        validation=[row for problem in parts["validation"] for row in by_problem[problem]],
+        prompts=[by_problem[problem][0] for problem in parts["prompts"]],
+        test=[by_problem[problem][0] for problem in parts["test"]],
+    )

@@ -1,36 +1,38 @@
-"""Rows from where the recipe says: the built-in arithmetic task, or JSON-lines files."""
+"""Rows from where the recipe says: the built-in arithmetic, reasoning-gym, files, the hub, DeepMath."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from heatbath.data import arithmetic
-from heatbath.data.rows import Row, Splits
+from heatbath.data import arithmetic, tables
+from heatbath.data.contamination import Contaminated, read_problems, without_shared_ngrams
+from heatbath.data.rows import HELD_OUT, Row, Splits, position
 from heatbath.errors import DataError, RecipeError
+from heatbath.sections import AnyData, ArithmeticData, ReasoningGymData
 
 if TYPE_CHECKING:
-    from heatbath.recipe import ArithmeticData, JsonlData, Recipe
+    from heatbath.recipe import Recipe
+
+SIZES = "data.test + data.validation + data.demos + data.prompts"
+EXAM_SEED = 0  # validation and test of a procedural task are the same problems for every seed of a run
 
 
-def load(data: ArithmeticData | JsonlData, seed: int) -> Splits:
-    """The four splits of a recipe's `[data]`. Raises DataError naming file and row.
+def load(data: AnyData, seed: int) -> Splits:
+    """The four splits of a recipe's `[data]`, decontaminated. Raises DataError naming file and row.
 
-    No question of `test` or `validation` may stand in a split that is trained on, nor in each other; demonstrations
-    and prompts may share questions.
+    No problem of `test` or `validation` may stand in a split that is trained on, nor in each other; demonstrations and
+    prompts may share problems.
     """
-    splits = _arithmetic(data, seed) if data.source == "arithmetic" else _jsonl(data)
-    for held_out, others in (("test", ("demos", "prompts", "validation")), ("validation", ("demos", "prompts"))):
-        questions = {row.question for row in getattr(splits, held_out)}
-        for other in others:
-            shared = [row.question for row in getattr(splits, other) if row.question in questions]
-            if shared:
-                raise DataError(
-                    f"{len(shared)} held-out question(s) also stand in data.{other}, first: {shared[0][:80]!r}",
-                    f"data.{held_out} against data.{other}",
-                    "remove them from one of the two: a problem seen in training measures nothing",
-                )
+    if isinstance(data, ArithmeticData):
+        splits = _arithmetic(data, seed)
+    elif isinstance(data, ReasoningGymData):
+        splits = _reasoning_gym(data, seed)
+    else:
+        splits = tables.load(data, seed)
+    if data.decontaminate:
+        splits = _decontaminated(splits, data)
+    _require_disjoint(splits)
     return splits
 
 
@@ -39,8 +41,9 @@ def require(splits: Splits, recipe: Recipe, stages: tuple[str, ...]) -> None:
     for stage in stages:
         if getattr(recipe, stage) is None:
             raise RecipeError(f"the recipe has no [{stage}] table", stage, "add one, or run the other stages alone")
-    if "sft" in stages and not splits.demos:
-        raise DataError("no demonstrations", "data.demos", "the sft stage needs at least one row")
+    if ("sft" in stages or "pretrain" in stages) and not splits.demos:
+        stage = "sft" if "sft" in stages else "pretrain"
+        raise DataError("no demonstrations", "data.demos", f"the {stage} stage needs at least one row")
     if "rl" in stages and recipe.rl is not None and len(splits.prompts) < recipe.rl.prompts:
         raise DataError(
             f"{len(splits.prompts)} prompts, but one generation takes rl.prompts = {recipe.rl.prompts}",
@@ -51,76 +54,107 @@ def require(splits: Splits, recipe: Recipe, stages: tuple[str, ...]) -> None:
         raise DataError("no test problems", "data.test", "the eval stage needs at least one")
 
 
+def _require_disjoint(splits: Splits) -> None:
+    for held_out, others in (("test", ("demos", "prompts", "validation")), ("validation", ("demos", "prompts"))):
+        problems = {row.problem: row for row in getattr(splits, held_out)}
+        for other in others:
+            shared = [row for row in getattr(splits, other) if row.problem in problems]
+            if shared:
+                first = shared[0]
+                raise DataError(
+                    f"{len(shared)} held-out question(s) also stand in data.{other}, first: {first.question[:80]!r}",
+                    f"{problems[first.problem].origin} (data.{held_out}) and {first.origin} (data.{other})",
+                    "remove them from one of the two: a problem seen in training measures nothing",
+                )
+
+
+def _decontaminated(splits: Splits, data: AnyData) -> Splits:
+    problems = [p for path in data.decontaminate for p in read_problems(path)]
+    problems += [(row.question, row.origin or "data.test") for row in splits.test]
+    removed: dict[str, list[Contaminated]] = {}
+    kept: dict[str, list[Row]] = {}
+    for split in ("demos", "prompts"):
+        kept[split], removed[split] = without_shared_ngrams(getattr(splits, split), problems, data.ngram)
+    notes = tuple(
+        f"decontamination: {len(found)} of {len(getattr(splits, split))} rows of {split} share {data.ngram} words in a "
+        f"row with one of {len(problems)} problems and were removed" + (f"; first: {found[0]}" if found else "")
+        for split, found in removed.items()
+    )
+    return Splits(kept["demos"], splits.validation, kept["prompts"], splits.test, (*splits.notes, *notes))
+
+
 def _arithmetic(data: ArithmeticData, seed: int) -> Splits:
-    sizes = (data.test, data.validation, data.demos, data.prompts)
+    operations, forms = tuple(data.operations), tuple(data.forms)
+
+    def rows(held_out: bool, sizes: tuple[int, int], noise: float, seed: int) -> tuple[list[Row], list[Row]]:
+        sums = arithmetic.problems(data.digits, operations, sum(sizes), seed, held_out=held_out)
+        first, second = sums[: sizes[0]], sums[sizes[0] :]
+        made = (
+            list(arithmetic.rows(part, forms, paths=paths, label_noise=noise, seed=seed))
+            for part, paths in ((first, 1 if held_out else data.paths), (second, 1))
+        )
+        one, two = made
+        return one, two
+
     try:
-        rows = arithmetic.rows(data.digits, tuple(data.operations), tuple(data.paths), sum(sizes), seed)
+        test, validation = rows(True, (data.test, data.validation), 0.0, EXAM_SEED)
+        demos, prompts = rows(False, (data.demos, data.prompts), data.label_noise, seed)
     except ValueError as error:
-        raise DataError(
-            str(error), "data.test + data.validation + data.demos + data.prompts", "ask for fewer"
-        ) from None
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(rows[start : start + size])
-        start += size
-    test, validation, demos, prompts = parts
+        raise DataError(str(error), SIZES, "ask for fewer, or for more digits") from None
     return Splits(demos=demos, validation=validation, prompts=prompts, test=test)
 
 
-def _jsonl(data: JsonlData) -> Splits:
-    def read(key: str, need: tuple[str, ...]) -> list[Row]:
-        path: Path | None = getattr(data, key)
-        return [] if path is None else read_jsonl(path, data.fields.model_dump(), need, f"data.{key}")
+def _reasoning_gym(data: ReasoningGymData, seed: int) -> Splits:
+    """Entries of a family, a quarter of the problems held out by content. Raises DataError for families that repeat
+    themselves before the sizes are reached."""
 
+    def draw(count: int, seed: int, held_out: bool) -> list[Row]:
+        found: dict[str, Row] = {}
+        tried = 0
+        for row in _entries(data, seed, 20 * count + 1000) if count else ():
+            tried += 1
+            if (position(row.problem) < HELD_OUT) == held_out:
+                found.setdefault(row.problem, row)
+            if len(found) == count:
+                return list(found.values())
+        if count:
+            raise DataError(
+                f"reasoning-gym's '{data.family}' gave {len(found)} different problems in {tried} tries, "
+                f"{count} are wanted",
+                SIZES,
+                "ask for fewer, or make the family larger with data.options",
+            )
+        return []
+
+    held = draw((data.test or 0) + (data.validation or 0), EXAM_SEED, True)
+    trained = draw((data.demos or 0) + (data.prompts or 0), seed, False)
     return Splits(
-        demos=read("demos", ("solution",)),
-        validation=read("validation", ("solution",)),
-        prompts=read("prompts", ("answer",)),
-        test=read("test", ("answer",)),
+        demos=trained[: data.demos],
+        validation=held[data.test :],
+        prompts=trained[data.demos :],
+        test=held[: data.test],
     )
 
 
-def read_jsonl(path: Path, fields: dict[str, str], need: tuple[str, ...], key: str) -> list[Row]:
-    """Rows of a JSON-lines file; `fields` maps question, solution and answer to the file's own field names.
+def _entries(data: ReasoningGymData, seed: int, size: int) -> Iterator[Row]:
+    import difflib
 
-    `need` names what this split cannot do without. Raises DataError with the row number (from 1).
-    """
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if data.family not in DATASETS:
+        near = difflib.get_close_matches(data.family, DATASETS, n=3)
+        raise RecipeError(
+            f"reasoning-gym has no family '{data.family}'",
+            "data.family",
+            f"did you mean {' or '.join(near)}?" if near else f"one of its {len(DATASETS)}, for example chain_sum",
+        )
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"cannot read {path}: {error}", key, "check the path; it is relative to the working folder"
+        dataset = reasoning_gym.create_dataset(data.family, seed=seed, size=size, **data.options)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise RecipeError(
+            f"reasoning-gym's '{data.family}' refuses its options: {error}", "data.options", "see that family's config"
         ) from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, row {number} ({key})"
-        try:
-            record: Any = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"not JSON: {error}", where, "one JSON object per line") from None
-        if not isinstance(record, dict):
-            raise DataError("not a JSON object", where, "one JSON object per line")
-        rows.append(_row(record, fields, need, where))
-    if not rows:
-        raise DataError("the file holds no rows", f"{path} ({key})", "one JSON object per line")
-    return rows
-
-
-def _row(record: dict[str, Any], fields: dict[str, str], need: tuple[str, ...], where: str) -> Row:
-    values: dict[str, str] = {}
-    for name, source in fields.items():
-        value = record.get(source)
-        if value is None or (isinstance(value, str) and not value.strip()):
-            if name == "question" or name in need:
-                raise DataError(
-                    f"no '{source}' in the row (it has {', '.join(record) or 'no fields'})",
-                    where,
-                    f"data.fields.{name} names the field that holds the {name}",
-                )
-            continue
-        if not isinstance(value, str | int | float) or isinstance(value, bool):
-            raise DataError(f"'{source}' is a {type(value).__name__}, not text", where, "write it as a string")
-        values[name] = str(value)
-    return Row(**values)
+    for number, entry in enumerate(dataset, 1):
+        answer = str(entry["answer"])
+        yield Row(entry["question"], answer, answer, origin=f"{data.family} entry {number}")

@@ -19,6 +19,7 @@ from heatbath import models
 from heatbath.data import rendering, sources
 from heatbath.data.rows import Row
 from heatbath.engines import local
+from heatbath.errors import RunError
 from heatbath.ideas.passk import Estimate, mean_with_interval, paired_difference, pass_at_k
 from heatbath.progress import Progress
 from heatbath.recipe import Recipe
@@ -33,9 +34,29 @@ def run_evaluation(run: Run, recipe: Recipe, progress: Progress) -> dict[str, An
     sources.require(splits, recipe, ("eval",))
     with MathGrader(workers=recipe.reward.workers, deadline=recipe.reward.deadline) as grader:
         for policy in run.policies:
-            if policy == "base" or run.checkpoint(policy).is_dir():
+            if (policy == "base" and recipe.model is not None) or run.checkpoint(policy).is_dir():
                 sample_policy(run, recipe, policy, splits.test, grader, progress)
-    results = summarise({p: run.samples(p) for p in run.policies if run.samples(p)}, recipe.eval.k)
+    return _write_results(run, recipe)
+
+
+def rescore(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    """Grades the samples that a run has once more, as the grader is today, without sampling anything; returns the new
+    content of results.json. Raises RunError when there are none."""
+    rows = [row for policy in run.policies for row in run.samples(policy)]
+    if not rows:
+        raise RunError("the run has no samples to grade", str(run.folder / "samples.jsonl"), "run the eval stage first")
+    with MathGrader(workers=recipe.reward.workers, deadline=recipe.reward.deadline) as grader:
+        verdicts = grader.grade([row["completion"] for row in rows], [str(row["gold"]) for row in rows])
+    new = [row | {"score": v.score, **asdict(v)} for row, v in zip(rows, verdicts, strict=True)]
+    changed = sum(old["status"] != row["status"] for old, row in zip(rows, new, strict=True))
+    run.replace_samples(new)
+    progress.say(f"graded {len(new):,} samples again: {changed} verdicts changed")
+    return _write_results(run, recipe)
+
+
+def _write_results(run: Run, recipe: Recipe) -> dict[str, Any]:
+    sampled = {policy: rows for policy in run.policies if (rows := run.samples(policy))}
+    results = summarise(sampled, recipe.eval.k)
     run.write_json("results.json", results)
     return results
 
@@ -57,8 +78,10 @@ def sample_policy(
     if not missing:
         return
     name = run.model_of(policy)
-    tokenizer = models.load_tokenizer(name)
+    tokenizer = models.load_tokenizer(name, run.template_of(policy))
     model = models.load_model(name, models.autocast_dtype(recipe.precision) or torch.float32)
+    if policy == "base":
+        run.require_same_base(models.fingerprint(model))
     batches = local.sample(
         model,
         [rendering.prompt_ids(tokenizer, rendering.messages(row, recipe.data.system)) for row in missing],

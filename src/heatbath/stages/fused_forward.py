@@ -21,7 +21,7 @@ from heatbath.ideas.objectives import Objective, needs_reference
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from heatbath.reference import FrozenBase
+    from heatbath.reference import Reference
 
 # Config keys by which some families transform the logits after the head; the engine multiplies by the head alone.
 LOGIT_TRANSFORMS = (
@@ -47,7 +47,7 @@ def add_objective_forward(model: PreTrainedModel) -> None:
         self: Any,
         *args: Any,
         objective: Objective | None = None,
-        reference: FrozenBase | None = None,
+        reference: Reference | None = None,
         **kwargs: Any,
     ) -> Any:
         if objective is None:
@@ -60,10 +60,10 @@ def add_objective_forward(model: PreTrainedModel) -> None:
         def at_supervised(hidden: Tensor) -> Tensor:  # [B, T, d] -> [N, d]; position t predicts token t + 1
             return hidden[:, :-1].flatten(0, 1)[rows]
 
-        hidden = at_supervised(self.base_model(*args, **kwargs, use_cache=False).last_hidden_state)
         ref_hidden = ref_head = None
-        if reference is not None and needs_reference(objective):
+        if reference is not None and needs_reference(objective):  # first: adapters are back on before the graph is made
             ref_hidden, ref_head = at_supervised(reference.hidden(**kwargs)), reference.head
+        hidden = at_supervised(self.base_model(*args, **kwargs, use_cache=False).last_hidden_state)
         loss, tokens, sums = linear_loss_with_sums(
             objective,
             hidden,

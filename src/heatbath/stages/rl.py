@@ -5,12 +5,14 @@ Samples groups of completions, grades them, takes clipped policy-gradient steps,
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import torch
 import transformers
 import trl
@@ -20,14 +22,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
 from heatbath import models
-from heatbath.data import rendering, sources
+from heatbath.data import checks, rendering, sources
 from heatbath.data.rows import Row
 from heatbath.errors import RunError
 from heatbath.ideas.policy import Policy, kl_k3, policy
 from heatbath.progress import Progress
 from heatbath.recipe import RL, Recipe
 from heatbath.run import Run
-from heatbath.stages.training import log_to_run, optimizer_arguments, require_finite, save_policy
+from heatbath.stages.training import log_to_run, lora_config, optimizer_arguments, require_finite, save_policy, train
 from heatbath.verify.math import MathGrader
 from heatbath.verify.verdict import STATUSES
 
@@ -46,8 +48,9 @@ NAMES = {
 class PolicyTrainer(trl.GRPOTrainer):
     """`trl.GRPOTrainer` whose loss is a `Policy`, divided by the tokens of the optimizer step.
 
-    Prompts are rendered by `data/rendering.py`, the one place that does it. `initial` is a frozen copy of the policy
-    at the start; the KL to it is measured (not penalised) every `kl_every` generations.
+    Prompts are rendered by `data/rendering.py`, the one place that does it. The KL to the policy at the start is
+    measured (not penalised) every `kl_every` generations: to `initial`, a frozen copy of it, or under PEFT to the model
+    with its adapters off.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class PolicyTrainer(trl.GRPOTrainer):
         self._generations = 0
         for model in self._initial:
             add_fused_lm_head(model, temperature=self.temperature)
+        self._adapters = isinstance(self.model, peft.PeftModel)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [rendering.prompt_ids(self.processing_class, p) for p in prompts], None, {}
@@ -78,12 +82,17 @@ class PolicyTrainer(trl.GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if self._initial and self._generations % self.kl_every == 0:
+        if (self._initial or self._adapters) and self._generations % self.kl_every == 0:
             ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
             mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
-            with torch.no_grad():
+            start, off = self.model, contextlib.nullcontext()
+            if self._initial:
+                start = self._initial[0]
+            else:
+                off = self.model.disable_adapter()
+            with torch.no_grad(), off:
                 output["initial_logps"], _, _ = self._get_per_token_logps_and_entropies(
-                    self._initial[0],
+                    start,
                     ids,
                     mask,
                     output["completion_ids"].size(1),
@@ -137,6 +146,13 @@ class PolicyTrainer(trl.GRPOTrainer):
             for name, value in measured.items():  # summed on the device; means are taken at the next log
                 self._token_sums[name] += torch.stack([(value * scored).sum(), scored.sum()]).double()
         return loss
+
+    def carried(self) -> dict[str, Any]:
+        """What a resumed stage must know; everything else is empty where a generation ends."""
+        return {"generations": self._generations}
+
+    def carry_on(self, state: dict[str, Any]) -> None:
+        self._generations = state["generations"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Token-weighted means since the last log, and what TRL measured once per generation."""
@@ -193,18 +209,22 @@ def run_rl(run: Run, recipe: Recipe, progress: Progress) -> None:
     sources.require(splits, recipe, ("rl",))
     settings, rows = recipe.rl, splits.prompts
     assert settings is not None
-    start = run.model_of("init" if recipe.sft is not None else "base")
+    before = "init" if recipe.sft is not None else "base"
+    start = run.model_of(before)
     with (
         run.new_checkpoint("final") as folder,
         MathGrader(workers=recipe.reward.workers, deadline=recipe.reward.deadline) as grader,
     ):
-        tokenizer = models.load_tokenizer(start)
+        tokenizer = models.load_tokenizer(start, run.template_of(before))
         model = models.load_model(start, torch.float32)
+        checks.require_vocabulary(tokenizer, model.config)
+        if before == "base":
+            run.require_same_base(models.fingerprint(model))
         trainer = build_trainer(run, recipe, model, tokenizer, rows, verdict_reward(grader))
         shown = ("reward", "informative_share", "truncated_share", "kl_init")
         log_to_run(trainer, run, "rl", progress, show=shown)
         with progress.bar(f"rl ({settings.policy})", total_steps(settings, len(rows))):
-            trainer.train()
+            train(trainer, run, "rl")
         save_policy(trainer, folder)
 
 
@@ -220,33 +240,36 @@ def build_trainer(
     settings = recipe.rl
     assert settings is not None
     update = settings.update_prompts * settings.group_size // settings.micro_batch
-    arguments = trl.GRPOConfig(
-        output_dir=str(run.folder / "checkpoints" / ".rl"),
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=update,
-        steps_per_generation=update * (settings.prompts // settings.update_prompts),
-        num_generations=settings.group_size,
-        max_completion_length=settings.max_new_tokens,
-        temperature=settings.temperature,
-        scale_rewards="none",
-        beta=0.0,
-        logging_steps=1,
-        **optimizer_arguments(settings, recipe),
-    )
+    steps = settings.prompts // settings.update_prompts  # of one generation; only between two can the stage be resumed
+    arguments: dict[str, Any] = {
+        "output_dir": str(run.working("rl")),
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps or -1,
+        "per_device_train_batch_size": settings.micro_batch,
+        "gradient_accumulation_steps": update,
+        "steps_per_generation": update * steps,
+        "num_generations": settings.group_size,
+        "max_completion_length": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "scale_rewards": "none",
+        "beta": 0.0,
+        "logging_steps": 1,
+        **optimizer_arguments(settings, recipe, window=steps),
+        **settings.trainer,
+    }
     dataset = Dataset.from_list(
         [{"prompt": rendering.messages(row, recipe.data.system), "gold": row.answer} for row in rows]
     )
     return PolicyTrainer(
         model=model,
-        args=arguments,
+        args=trl.GRPOConfig(**arguments),
         train_dataset=dataset,
         processing_class=tokenizer,
         reward_funcs=[reward],
         policy=policy(settings.policy, clip_low=settings.clip, clip_high=settings.clip),
-        initial=copy.deepcopy(model),
+        initial=None if recipe.lora is not None else copy.deepcopy(model),
         kl_every=settings.kl_every,
+        peft_config=lora_config(recipe.lora),
     )
 
 

@@ -11,25 +11,32 @@ import time
 from collections import defaultdict
 from typing import Any, Literal
 
+import peft
 import torch
 import transformers
 import trl
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from heatbath import models
-from heatbath.data import rendering, sources
+from heatbath.data import checks, sources
 from heatbath.data.rendering import IGNORE, Rendered
-from heatbath.data.rows import Row
-from heatbath.errors import DataError
 from heatbath.ideas.objectives import Objective, objective
 from heatbath.progress import Progress
 from heatbath.recipe import SFT, Recipe
-from heatbath.reference import FrozenBase, profile, surprises
+from heatbath.reference import AdaptersOff, FrozenBase, Reference, profile, require_same_vocabulary, surprises
 from heatbath.run import Run
+from heatbath.sections import Pretrain
 from heatbath.stages.fused_forward import add_objective_forward
-from heatbath.stages.training import log_to_run, optimizer_arguments, require_finite, save_policy
+from heatbath.stages.training import (
+    RowCollator,
+    log_to_run,
+    lora_config,
+    optimizer_arguments,
+    require_finite,
+    save_policy,
+    train,
+)
 
 Reduction = Literal["token_mean", "sequence_sum", "microbatch_token_mean"]
 PROFILE_ROWS = 512  # demonstrations the surprise profile reads; more would only sharpen its tail
@@ -42,7 +49,8 @@ class ObjectiveTrainer(trl.SFTTrainer):
     `token_mean` divides by its supervised tokens; `sequence_sum` (arXiv 2601.09233, Algorithm 1) by its sequences;
     `microbatch_token_mean` (the authors' code) adds up each micro-batch's own token mean, not averaged over the
     accumulation, so that long micro-batches count less per token and the gradient norm grows with accumulation.
-    Objectives that read the base need `reference`. Rows hold `input_ids` and `labels` (-100 where unsupervised).
+    Objectives that read the base need `reference`; under PEFT it is by default the model with its adapters off. Rows
+    hold `input_ids` and `labels` (-100 where unsupervised).
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the whole optimizer step; nobody else may divide again
@@ -51,11 +59,15 @@ class ObjectiveTrainer(trl.SFTTrainer):
         self,
         *args: Any,
         objective: Objective,
-        reference: FrozenBase | None = None,
+        reference: Reference | None = None,
         reduction: Reduction = "token_mean",
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        if reference is None and isinstance(self.model, peft.PeftModel):
+            reference = AdaptersOff(self.model)
+        if reference is not None:
+            require_same_vocabulary(self.model, reference)
         self.objective, self.reference, self.reduction = objective, reference, reduction
         self._sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         self._window_started = time.perf_counter()
@@ -67,7 +79,7 @@ class ObjectiveTrainer(trl.SFTTrainer):
         Counted here for every model: transformers skips it for those that do not take it in their own forward.
         """
         if self.reduction == "sequence_sum":
-            count = sum(len(batch["labels"]) for batch in batch_samples)
+            count = sum(_sequences(batch) for batch in batch_samples)
         else:
             count = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batch_samples)
         return self.accelerator.gather(torch.tensor(count, device=device)).sum()
@@ -89,7 +101,7 @@ class ObjectiveTrainer(trl.SFTTrainer):
         out = model(**inputs, objective=self.objective, reference=self.reference)
         loss, tokens = out["loss"], out["tokens"]
         require_finite(loss, f"step {self.state.global_step + 1}", "lower sft.lr, or look for a broken row")
-        self._add(mode, {**out["sums"], "supervised": tokens, "tokens": int(inputs["attention_mask"].sum())})
+        self._add(mode, {**out["sums"], "supervised": tokens, "tokens": _tokens(inputs)})
         if mode == "eval":
             return (loss / max(tokens, 1), out) if return_outputs else loss / max(tokens, 1)
         if self.reduction == "microbatch_token_mean":
@@ -101,6 +113,13 @@ class ObjectiveTrainer(trl.SFTTrainer):
     def _add(self, mode: str, sums: dict[str, Any]) -> None:
         for name, value in sums.items():
             self._sums[mode][name] += value  # stays on the device until the next log
+
+    def carried(self) -> dict[str, Any]:
+        """What has been summed since the last log."""
+        return {name: float(value) for name, value in self._sums["train"].items()}
+
+    def carry_on(self, state: dict[str, Any]) -> None:
+        self._sums["train"].update(state)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Token-weighted means over all tokens since the last log; the objective and NLL by name, never a bare loss."""
@@ -122,45 +141,69 @@ class ObjectiveTrainer(trl.SFTTrainer):
             transformers.Trainer.log(self, values, start_time)
 
 
+def _sequences(batch: dict[str, torch.Tensor]) -> int:
+    """Sequences of a batch: its rows, or as many as begin in a row of several."""
+    positions = batch.get("position_ids")
+    return len(batch["labels"]) if positions is None else int((positions == 0).sum())
+
+
+def _tokens(batch: dict[str, torch.Tensor]) -> int:
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+
 def run_sft(run: Run, recipe: Recipe, progress: Progress) -> None:
     """Trains the base of the recipe on its demonstrations; writes metrics, surprise.json and the policy `init`."""
     splits = sources.load(recipe.data, recipe.seed)
     sources.require(splits, recipe, ("sft",))
-    settings = recipe.sft
+    settings, start = recipe.sft, run.model_of("base")
     assert settings is not None
+    tokenizer = models.load_tokenizer(start, run.template_of("base"))
+    demos = checks.rendered(tokenizer, splits.demos, recipe, "demos")
+    validation = checks.rendered(tokenizer, splits.validation, recipe, "validation")
+    if cut := sum(row.truncated for row in demos):
+        progress.say(
+            f"warning: {cut} of {len(demos)} demonstrations are cut at {settings.max_length} tokens, without EOS"
+        )
+    model = models.load_model(start, torch.float32)
+    checks.require_vocabulary(tokenizer, model.config)
+    run.require_same_base(models.fingerprint(model))
+    goal = objective(settings.objective.name, **settings.objective.hyper)
+    if run.read_json("surprise.json") is None:
+        _measure_surprise(run, recipe, model, tokenizer, demos, progress)
     with run.new_checkpoint("init") as folder:
-        tokenizer = models.load_tokenizer(recipe.model)
-        demos = render_all(tokenizer, splits.demos, recipe, "demos")
-        validation = render_all(tokenizer, splits.validation, recipe, "validation") if splits.validation else []
-        if cut := sum(row.truncated for row in demos):
-            progress.say(
-                f"warning: {cut} of {len(demos)} demonstrations are cut at {settings.max_length} tokens, without EOS"
-            )
-        model = models.load_model(recipe.model, torch.float32)
-        base = FrozenBase(copy.deepcopy(model))
-        goal = objective(settings.objective.name, **settings.objective.hyper)
-
-        progress.say("measuring how surprising the base finds the demonstrations")
-        measured = demos[:PROFILE_ROWS]
-        nats = surprises(
-            base, measured, pad_id=tokenizer.pad_token_id, autocast=models.autocast_dtype(recipe.precision)
-        )
-        found = profile(
-            measured,
-            nats,
-            tokenizer,
-            vocab_size=base.head.shape[0],
-            beta=settings.objective.hyper.get("beta"),
-            smoothing=settings.objective.hyper.get("smoothing", 0.0),
-        )
-        run.write_json("surprise.json", {"demonstrations": len(demos), **found})
-        progress.say(describe_profile(found))
-
-        trainer = build_trainer(run, recipe, model, tokenizer, goal, base, demos, validation)
+        trainer = build_trainer(run, recipe, model, tokenizer, goal, demos, validation)
         log_to_run(trainer, run, "sft", progress, show=("nll", "val/nll", "keep", "tokens_per_second"))
         with progress.bar(f"sft ({settings.objective.name})", total_steps(settings, len(demos))):
-            trainer.train()
+            train(trainer, run, "sft")
         save_policy(trainer, folder)
+
+
+def _measure_surprise(
+    run: Run,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    demos: list[Rendered],
+    progress: Progress,
+) -> None:
+    """Writes surprise.json and says the few lines of it that a user reads before training starts."""
+    assert recipe.sft is not None
+    progress.say("measuring how surprising the base finds the demonstrations")
+    measured, hyper = demos[:PROFILE_ROWS], recipe.sft.objective.hyper
+    base = FrozenBase(model)
+    nats = surprises(base, measured, pad_id=tokenizer.pad_token_id, autocast=models.autocast_dtype(recipe.precision))
+    found = profile(
+        measured,
+        nats,
+        tokenizer,
+        vocab_size=base.head.shape[0],
+        beta=hyper.get("beta"),
+        smoothing=hyper.get("smoothing", 0.0),
+    )
+    model.requires_grad_(True)
+    run.write_json("surprise.json", {"demonstrations": len(demos), **found})
+    progress.say(describe_profile(found))
 
 
 def build_trainer(
@@ -169,59 +212,47 @@ def build_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     goal: Objective,
-    base: FrozenBase,
     demos: list[Rendered],
     validation: list[Rendered],
 ) -> ObjectiveTrainer:
-    """The trainer of a recipe's [sft] table."""
+    """The trainer of a recipe's [sft] table. The reference is a frozen copy of `model`, or `model` with LoRA off."""
     settings = recipe.sft
     assert settings is not None
     micro = min(settings.micro_batch, settings.batch)
-    arguments = trl.SFTConfig(
-        output_dir=str(run.folder / "checkpoints" / ".sft"),
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=micro,
-        per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=settings.batch // micro,
-        logging_steps=settings.log_every,
-        eval_strategy="epoch" if validation else "no",
-        eval_on_start=bool(validation),
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
+    arguments: dict[str, Any] = {
+        "output_dir": str(run.working("sft")),
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps or -1,
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": settings.batch // micro,
+        "logging_steps": settings.log_every,
+        "eval_strategy": "epoch" if validation else "no",
+        "eval_on_start": bool(validation),
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
         **optimizer_arguments(settings, recipe),
-    )
+        **settings.trainer,
+    }
     return ObjectiveTrainer(
         model=model,
-        args=arguments,
-        train_dataset=_dataset(demos),
-        eval_dataset=_dataset(validation) if validation else None,
+        args=trl.SFTConfig(**arguments),
+        train_dataset=dataset(demos),
+        eval_dataset=dataset(validation) if validation else None,
         processing_class=tokenizer,
-        data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+        data_collator=RowCollator(tokenizer.pad_token_id, packing=settings.packing),
         objective=goal,
-        reference=base,
+        reference=None if recipe.lora is not None else FrozenBase(copy.deepcopy(model)),
         reduction=settings.reduction,
+        peft_config=lora_config(recipe.lora),
     )
 
 
-def render_all(tokenizer: PreTrainedTokenizerBase, rows: list[Row], recipe: Recipe, split: str) -> list[Rendered]:
-    """Rendered demonstrations of a split. Raises DataError when a row has nothing to learn."""
-    assert recipe.sft is not None
-    rendered = [
-        rendering.render(tokenizer, row, system=recipe.data.system, max_length=recipe.sft.max_length) for row in rows
-    ]
-    for number, row in enumerate(rendered, 1):
-        if row.supervised == 0:
-            raise DataError(
-                f"no supervised token: the prompt alone fills max_length = {recipe.sft.max_length}",
-                f"data.{split}, row {number}: {rows[number - 1].question[:80]!r}",
-                "raise sft.max_length or drop the row",
-            )
-    return rendered
-
-
-def total_steps(settings: SFT, rows: int) -> int:
+def total_steps(settings: SFT | Pretrain, rows: int) -> int:
     """Optimizer steps of the stage; the last one of an epoch may be smaller."""
-    return math.ceil(math.ceil(rows / settings.batch) * settings.epochs)
+    steps = math.ceil(math.ceil(rows / settings.batch) * settings.epochs)
+    most = settings.max_steps if isinstance(settings, SFT) else None
+    return min(steps, most) if most else steps
 
 
 def describe_profile(found: dict[str, Any]) -> str:
@@ -239,5 +270,5 @@ def describe_profile(found: dict[str, Any]) -> str:
     return text
 
 
-def _dataset(rows: list[Rendered]) -> Dataset:
+def dataset(rows: list[Rendered]) -> Dataset:
     return Dataset.from_list([{"input_ids": r.input_ids, "labels": r.labels} for r in rows])

@@ -1,23 +1,37 @@
-"""What both training stages share: trainer arguments, the run's log, and the guard against NaN."""
+"""What the training stages share: trainer arguments, batches, LoRA, resuming, the run's log, the guard against NaN.
+
+transformers saves and restores weights, optimizer, schedule, random states and the place in the data. Here its folders
+are marked when complete (a kill in the middle of saving leaves one without the mark), the older ones are removed only
+afterwards, and what our own trainers carry from step to step travels with them.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from heatbath import models
+from heatbath.data.rendering import IGNORE
 from heatbath.errors import RunError
 from heatbath.progress import Progress
-from heatbath.recipe import Optimizer, Recipe
-from heatbath.run import Run
+from heatbath.recipe import Recipe
+from heatbath.run import COMPLETE, Run
+from heatbath.sections import Lora, Optimizer
+
+CARRIED = "heatbath.pt"
 
 
-def optimizer_arguments(settings: Optimizer, recipe: Recipe) -> dict[str, Any]:
-    """Trainer arguments that follow from a stage's optimizer settings and the machine."""
+def optimizer_arguments(settings: Optimizer, recipe: Recipe, window: int = 1) -> dict[str, Any]:
+    """Trainer arguments that follow from a stage's optimizer settings and the machine. Checkpoints fall on multiples of
+    `window` steps."""
     gpu = torch.cuda.is_available()
     schedule = settings.schedule
     return {
@@ -33,7 +47,8 @@ def optimizer_arguments(settings: Optimizer, recipe: Recipe) -> dict[str, Any]:
         "use_cpu": not gpu,
         "gradient_checkpointing": gpu,  # on a CPU memory is plentiful and time is not
         "dataloader_pin_memory": gpu,
-        "save_strategy": "no",
+        "save_strategy": "steps" if settings.save_every else "no",
+        "save_steps": max(1, -(-settings.save_every // window) * window),
         "report_to": "none",
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
@@ -52,8 +67,18 @@ def log_to_run(trainer: Trainer, run: Run, stage: str, progress: Progress, show:
     trainer.add_callback(_RunLog(run, stage, progress, show))
 
 
+def train(trainer: Any, run: Run, stage: str) -> None:
+    """Trains from the beginning, or from the stage's last complete checkpoint where there is one."""
+    checkpoint = run.last_checkpoint(stage)
+    trainer.add_callback(_KeepResumable(trainer))
+    if checkpoint is not None:
+        trainer.args.eval_on_start = False
+        trainer.carry_on(torch.load(checkpoint / CARRIED, weights_only=True))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
 def save_policy(trainer: Trainer, folder: Path) -> None:
-    """A plain `from_pretrained` folder: weights, config, tokenizer, nothing pickled.
+    """A plain `from_pretrained` folder: weights (adapters merged), config, tokenizer, nothing pickled.
 
     Raises RunError instead of saving weights that the last step has made NaN or infinite.
     """
@@ -62,9 +87,86 @@ def save_policy(trainer: Trainer, folder: Path) -> None:
         raise RunError(
             f"the last step left NaN or infinite weights, first in {broken[0]}", "lr", "lower the learning rate"
         )
-    trainer.save_model(str(folder))
+    if isinstance(trainer.model, peft.PeftModel):
+        trainer.model.merge_and_unload().save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+    else:
+        trainer.save_model(str(folder))
     (folder / "training_args.bin").unlink(missing_ok=True)
-    shutil.rmtree(str(trainer.args.output_dir), ignore_errors=True)
+
+
+def lora_config(settings: Lora | None) -> peft.LoraConfig | None:
+    """The adapters of a recipe's [lora] table, or None."""
+    if settings is None:
+        return None
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.targets,
+    )
+
+
+@dataclass(frozen=True)
+class RowCollator:
+    """Rows of `input_ids` and `labels` to a batch: padded on the right, or laid end to end in one row.
+
+    End to end, `position_ids` start anew with each sequence, by which transformers keeps one from attending to another,
+    and the first token of each is never a target. Nothing is masked by token id.
+    """
+
+    pad_id: int
+    packing: bool = False
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        if self.packing:
+            return {
+                "input_ids": torch.tensor([[i for row in rows for i in row["input_ids"]]]),
+                "labels": torch.tensor([[x for row in rows for x in (IGNORE, *row["labels"][1:])]]),
+                "position_ids": torch.tensor([[k for row in rows for k in range(len(row["input_ids"]))]]),
+            }
+        width = max(len(row["input_ids"]) for row in rows)
+
+        def padded(values: list[list[int]], fill: int) -> torch.Tensor:
+            return torch.tensor([v + [fill] * (width - len(v)) for v in values])
+
+        return {
+            "input_ids": padded([row["input_ids"] for row in rows], self.pad_id),
+            "labels": padded([row["labels"] for row in rows], IGNORE),
+            "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+        }
+
+
+class _KeepResumable(TrainerCallback):
+    """Marks each checkpoint when complete, adds the trainer's own state, and removes the older ones."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        folder = Path(str(args.output_dir))
+        checkpoint = folder / f"checkpoint-{state.global_step}"
+        (checkpoint / "training_args.bin").unlink(missing_ok=True)  # pickled, and nothing reads it
+        torch.save(self.trainer.carried(), checkpoint / CARRIED)
+        _to_disk(checkpoint)
+        (checkpoint / COMPLETE).touch()
+        for other in folder.glob("checkpoint-*"):
+            if other != checkpoint:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+def _to_disk(folder: Path) -> None:
+    """The files must be on the disk before the mark is, or a power cut could leave a mark without them."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 class _RunLog(TrainerCallback):

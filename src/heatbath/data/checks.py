@@ -1,0 +1,125 @@
+"""What is checked before step 1: the failures that would otherwise be silent. Each names a row and a remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from heatbath.data import rendering
+from heatbath.data.rendering import IGNORE, Rendered
+from heatbath.data.rows import Row
+from heatbath.errors import DataError, RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from heatbath.recipe import Recipe
+    from heatbath.verify.math import MathGrader
+
+MOST_TRUNCATED = 0.01  # share of rows that may be cut before it is an error
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe, split: str) -> list[Rendered]:
+    """The demonstrations of a split as the loss sees them. Raises DataError for each of the silent failures: nothing
+    supervised, EOS not supervised or in the middle of a solution, BOS twice, more than 1 % cut without leave."""
+    assert recipe.sft is not None
+    out = []
+    for row in rows:
+        require_no_end_inside(tokenizer, row)
+        made = rendering.render(tokenizer, row, system=recipe.data.system, max_length=recipe.sft.max_length)
+        where = f"data.{split}, {rendering.place(row)}"
+        require_supervised(made, where, recipe.sft.max_length)
+        require_one_bos(made.input_ids, tokenizer.bos_token_id, where)
+        require_end_supervised(made, tokenizer.eos_token_id, where)
+        out.append(made)
+    require_few_truncated(out, rows, recipe, split)
+    return out
+
+
+def require_supervised(row: Rendered, where: str, max_length: int) -> None:
+    """At least one token of the row must be learned."""
+    if row.supervised == 0:
+        raise DataError(
+            f"no supervised token: the prompt alone fills max_length = {max_length}",
+            where,
+            "raise sft.max_length or drop the row",
+        )
+
+
+def require_end_supervised(row: Rendered, eos: int, where: str) -> None:
+    """A row that is not cut must teach the model to stop."""
+    if not row.truncated and row.labels[-1] != eos:
+        last = "nothing" if row.labels[-1] == IGNORE else f"token {row.labels[-1]}"
+        raise DataError(
+            f"EOS is not supervised: the row ends in {last}, not in EOS (token {eos}); the policy would never stop",
+            where,
+            "end each solution with the tokenizer's EOS, and leave it in the labels",
+        )
+
+
+def require_no_end_inside(tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
+    """A solution that contains the end token would be learned only up to it."""
+    if row.solution is not None and tokenizer.eos_token and tokenizer.eos_token in row.solution:
+        raise DataError(
+            f"the solution contains the end token {tokenizer.eos_token}; what follows it would not be learned",
+            rendering.place(row),
+            "remove the token from the text: it is added when the row is rendered",
+        )
+
+
+def require_one_bos(ids: Sequence[int], bos: int | None, where: str) -> None:
+    """Two BOS in front is another prompt than the one the base was trained on."""
+    if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
+        raise DataError(
+            f"the row begins with BOS (token {bos}) twice",
+            where,
+            "remove bos_token from the chat template, or from the text of the rows",
+        )
+
+
+def require_few_truncated(made: Sequence[Rendered], rows: Sequence[Row], recipe: Recipe, split: str) -> None:
+    """Cut rows teach answers without an end; more than `MOST_TRUNCATED` of them needs `sft.truncate = true`."""
+    assert recipe.sft is not None
+    cut = [i for i, row in enumerate(made) if row.truncated]
+    if len(cut) > MOST_TRUNCATED * len(made) and not recipe.sft.truncate:
+        longest = recipe.sft.max_length
+        raise DataError(
+            f"{len(cut):,} of {len(made):,} rows ({len(cut) / len(made):.1%}) are longer than sft.max_length = "
+            f"{longest} and would lose their end, the answer and EOS",
+            f"data.{split}, first: {rendering.place(rows[cut[0]])}",
+            "raise sft.max_length, drop the long rows, or set sft.truncate = true",
+        )
+
+
+def require_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    """Every id that the tokenizer can give must have a row in the model's embedding (a padded vocabulary has more)."""
+    known, given = config.get_text_config().vocab_size, len(tokenizer)
+    if given > known:
+        last = tokenizer.convert_ids_to_tokens(given - 1)
+        raise RunError(
+            f"tokenizer and model have different vocabularies: {given:,} tokens against {known:,} embeddings",
+            f"model; the last token is {last!r}",
+            "take both from the same folder; after adding tokens, resize the model's embeddings and save it",
+        )
+
+
+def require_one_bos_in_prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe) -> None:
+    """The same check on what RL and evaluation ask."""
+    for row in rows:
+        ids = rendering.prompt_ids(tokenizer, rendering.messages(row, recipe.data.system))
+        require_one_bos(ids, tokenizer.bos_token_id, rendering.place(row))
+
+
+def require_gold(grader: MathGrader, rows: Sequence[Row], split: str) -> None:
+    """Every gold answer must be readable: graded against itself it has to be right."""
+    golds = [str(row.answer) for row in rows]
+    verdicts = grader.grade([f"\\boxed{{{gold}}}" for gold in golds], golds)
+    bad = [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if verdict.status != "right"]
+    if bad:
+        row, verdict = bad[0]
+        raise DataError(
+            f"{len(bad):,} of {len(rows):,} gold answers cannot be graded; the first is {str(row.answer)[:80]!r} "
+            f"({verdict.status} against itself)",
+            f"data.{split}, {rendering.place(row)}",
+            "write the final answer alone (42, 3/4, x^2 + 1); data.fields.answer_after cuts it out of a longer text",
+        )

@@ -1,0 +1,252 @@
+"""Rows from tables: JSON-lines, Parquet and CSV files, datasets of the hub, DeepMath."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from heatbath.data.rows import Row, Splits, split_by_content
+from heatbath.errors import DataError
+from heatbath.sections import DeepMathData, Fields, FilesData, HubData
+
+Record = tuple[dict[str, Any], str]  # what the table holds, and where
+NEEDS = {"demos": "solution", "validation": "solution", "prompts": "answer", "test": "answer"}
+READERS = (".jsonl", ".json", ".parquet", ".csv")
+
+
+def load(data: FilesData | HubData | DeepMathData, seed: int) -> Splits:
+    """The splits of a recipe whose rows lie in tables. Raises DataError naming table and row."""
+    fields = _fields(data)
+    parts: dict[str, list[Row]] = {}
+    notes: list[str] = []
+    pooled = {}
+    for split in NEEDS:
+        own, size = getattr(data, f"{split}_from"), getattr(data, split)
+        if own is None:
+            pooled[split] = size or 0
+            continue
+        records = list(_read(data, own, f"data.{split}_from")) if size != 0 else []
+        made = [_rows(record, where, fields, (NEEDS[split],), data.paths) for record, where in records[:size]]
+        parts[split] = [row for rows in made for row in (rows if NEEDS[split] == "solution" else rows[:1])]
+    if any(pooled.values()):
+        drawn, note = _from_pool(data, fields, pooled, seed)
+        notes += note
+        parts |= {split: rows for split, rows in drawn.named().items() if split in pooled}
+    return Splits(**{split: parts.get(split, []) for split in NEEDS}, notes=tuple(notes))
+
+
+def _from_pool(
+    data: FilesData | HubData | DeepMathData, fields: Fields, sizes: dict[str, int], seed: int
+) -> tuple[Splits, list[str]]:
+    name = data.pool if data.pool is not None else "train"
+    needs = tuple(sorted({NEEDS[split] for split, size in sizes.items() if size}))
+    rows = [row for record, where in _read(data, name, "data.pool") for row in _rows(record, where, fields, needs, 99)]
+    seen: set[tuple[str, str | None]] = set()
+    solutions: dict[str, int] = {}
+    kept = []
+    for row in rows:
+        key = (row.problem, row.solution)
+        if key not in seen and solutions.get(row.problem, 0) < data.paths:
+            seen.add(key)
+            solutions[row.problem] = solutions.get(row.problem, 0) + 1
+            kept.append(row)
+    full = dict.fromkeys(NEEDS, 0) | sizes
+    try:
+        splits = split_by_content(kept, full, seed)
+    except ValueError as error:
+        raise DataError(str(error), f"{name} (data.pool)", "ask for fewer rows") from None
+    return splits, [f"{name}: {len(rows):,} rows, {len(solutions):,} different problems"]
+
+
+def _fields(data: FilesData | HubData | DeepMathData) -> Fields:
+    if isinstance(data, DeepMathData):
+        first = data.r1_solution
+        order = [first, *(k for k in (1, 2, 3) if k != first)]
+        return Fields(solution=[f"r1_solution_{k}" for k in order], answer="final_answer")
+    return data.fields
+
+
+def _read(data: FilesData | HubData | DeepMathData, name: str, key: str) -> Iterator[Record]:
+    if isinstance(data, FilesData):
+        return read_file(data.folder / name, key)
+    if isinstance(data, DeepMathData) and Path(name).expanduser().is_file():
+        return read_file(Path(name).expanduser(), key)
+    return _read_hub(data, name, key)
+
+
+def _read_hub(data: HubData | DeepMathData, split: str, key: str) -> Iterator[Record]:
+    import datasets
+
+    config = data.config if isinstance(data, HubData) else None
+    try:
+        table = datasets.load_dataset(data.name, config, split=split, revision=data.revision)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"cannot load the split '{split}' of '{data.name}': {first}",
+            key,
+            "check data.name, data.config and the split; without a connection use source = 'files' and a local copy",
+        ) from None
+    return ((dict(record), f"{data.name} {split}, row {number}") for number, record in enumerate(table, 1))
+
+
+def read_file(path: Path, key: str) -> Iterator[Record]:
+    """The records of a .jsonl, .json (a list), .parquet or .csv file, each with its place. Raises DataError naming file
+    and row (from 1); `key` is the recipe's key that named the file."""
+    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"no reader for '{path.suffix or path.name}' files", f"{path} ({key})", f"use {READERS}")
+    try:
+        records = list(reader(path, key))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}", key, "check the path and data.folder") from None
+    if not records:
+        raise DataError("the file holds no rows", f"{path} ({key})", "one problem per row")
+    return iter(records)
+
+
+def _jsonl(path: Path, key: str) -> Iterator[Record]:
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, row {number} ({key})"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"not JSON: {error}", where, "one JSON object per line") from None
+        yield _object(record, where), where
+
+
+def _json(path: Path, key: str) -> Iterator[Record]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"not JSON: {error}", f"{path} ({key})", "a list of objects, or use .jsonl") from None
+    if not isinstance(table, list):
+        raise DataError("not a list of objects", f"{path} ({key})", "a list of objects, or use .jsonl")
+    for number, record in enumerate(table, 1):
+        where = f"{path}, row {number} ({key})"
+        yield _object(record, where), where
+
+
+def _object(record: Any, where: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise DataError("not a JSON object", where, "one JSON object per row")
+    return record
+
+
+def _parquet(path: Path, key: str) -> Iterator[Record]:
+    import pyarrow.parquet
+    from pyarrow import ArrowInvalid
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except ArrowInvalid as error:
+        raise DataError(f"not a Parquet file: {error}", f"{path} ({key})", "write it anew") from None
+    for number, record in enumerate(table.to_pylist(), 1):
+        yield record, f"{path}, row {number} ({key})"
+
+
+def _csv(path: Path, key: str) -> Iterator[Record]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, restkey="")
+        for number, record in enumerate(reader, 1):
+            where = f"{path}, row {number} ({key})"
+            if "" in record or None in record.values():
+                raise DataError(
+                    f"the row does not have the {len(reader.fieldnames or ())} fields of the header",
+                    where,
+                    "quote fields that hold a comma or a line break",
+                )
+            yield record, where
+
+
+def _rows(record: dict[str, Any], where: str, fields: Fields, need: tuple[str, ...], most: int) -> list[Row]:
+    """The rows of one record: one for each of its first `most` solutions, or one without. `need` names what its split
+    cannot do without."""
+    history: tuple[tuple[str, str], ...] = ()
+    if fields.messages is not None:
+        history, question, solutions = _conversation(record, fields.messages, where)
+    else:
+        question = _required(record, fields.question, "question", where)
+        names = [fields.solution] if isinstance(fields.solution, str) else fields.solution
+        solutions = [text for name in names for text in _texts(record, name, where)]
+    if "solution" in need and not solutions:
+        name = fields.messages or fields.solution
+        raise _missing(record, name if isinstance(name, str) else name[0], "solution", where)
+    answer = _text(record.get(fields.answer), fields.answer, where)
+    if answer is not None and fields.answer_after is not None:
+        answer = _after(answer, fields.answer_after, where)
+    if "answer" in need and answer is None:
+        raise _missing(record, fields.answer, "answer", where)
+    chosen: Iterable[str | None] = solutions[:most] or [None]
+    return [Row(question, solution, answer, history, origin=where) for solution in chosen]
+
+
+def _conversation(record: dict[str, Any], name: str, where: str) -> tuple[tuple[tuple[str, str], ...], str, list[str]]:
+    """The turns before the question, the question, and the last assistant turn as the solution."""
+    turns = record.get(name)
+    if not isinstance(turns, list) or not turns:
+        raise _missing(record, name, "messages", where)
+    pairs = []
+    for number, turn in enumerate(turns, 1):
+        content = turn.get("content") if isinstance(turn, dict) else None
+        if (
+            not isinstance(content, str)
+            or not content.strip()
+            or turn.get("role") not in ("system", "user", "assistant")
+        ):
+            raise DataError(
+                f"message {number} of '{name}' is not a turn with a role and text",
+                where,
+                'each is {"role": "system" | "user" | "assistant", "content": "…"}',
+            )
+        pairs.append((turn["role"], content))
+    solution = [pairs.pop()[1]] if pairs[-1][0] == "assistant" else []
+    if not pairs or pairs[-1][0] != "user":
+        raise DataError(f"no user turn stands before the answer in '{name}'", where, "end with user, then assistant")
+    return tuple(pairs[:-1]), pairs[-1][1], solution
+
+
+def _after(text: str, marker: str, where: str) -> str:
+    _, found, after = text.rpartition(marker)
+    if not found or not after.strip():
+        raise DataError(
+            f"no '{marker}' with an answer after it in {text[-60:]!r}",
+            where,
+            "data.fields.answer_after names the marker",
+        )
+    return after.strip()
+
+
+def _texts(record: dict[str, Any], name: str, where: str) -> list[str]:
+    value = record.get(name)
+    values = value if isinstance(value, list) else [value]
+    return [text for v in values if (text := _text(v, name, where)) is not None]
+
+
+def _text(value: Any, name: str, where: str) -> str | None:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise DataError(f"'{name}' is a {type(value).__name__}, not text", where, "write it as a string")
+    return str(value)
+
+
+def _required(record: dict[str, Any], name: str, what: str, where: str) -> str:
+    text = _text(record.get(name), name, where)
+    if text is None:
+        raise _missing(record, name, what, where)
+    return text
+
+
+def _missing(record: dict[str, Any], name: str, what: str, where: str) -> DataError:
+    return DataError(
+        f"no '{name}' in the row (it has {', '.join(map(str, record)) or 'no fields'})",
+        where,
+        f"data.fields.{what} names the field that holds the {what}",
+    )

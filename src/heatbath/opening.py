@@ -1,0 +1,164 @@
+"""How the folder of a run is opened: a new one, one that is gone on with, or one that starts over.
+
+Nothing is ever overwritten in silence. A folder that holds something is refused without `--resume` or `--fresh`; a run
+is gone on with only under the recipe it began with, unless each changed key is named (`--change`), and never under a
+change that a finished stage would have had to know.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heatbath import recipe as recipes
+from heatbath.errors import RecipeError, RunError
+from heatbath.recipe import Recipe
+from heatbath.run import STAGES, Run, append_jsonl, holds_nothing
+
+# Keys that change no result: how often something is kept or shown, or how many samples are drawn of what is there.
+FREE = (
+    "pretrain.save_every",
+    "sft.save_every",
+    "sft.log_every",
+    "rl.save_every",
+    "eval.k",
+    "eval.samples",
+    "eval.batch",
+)
+# The stages whose result a key changes, by its table; every other key changes all of them.
+READ_BY = {
+    "pretrain": ("pretrain",),
+    "sft": ("sft",),
+    "rl": ("rl",),
+    "eval": ("eval",),
+    "reward": ("rl", "eval"),
+    "lora": ("sft", "rl"),
+}
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What the command line says about a folder that may exist: go on with it, start over, and the changed keys that
+    are meant (a table's name stands for all of its keys)."""
+
+    resume: bool = False
+    fresh: bool = False
+    change: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.resume and self.fresh:
+            raise RecipeError("--resume and --fresh exclude each other", "command line", "give one of the two")
+
+
+def open_run(folder: Path, recipe: Recipe, stages: Sequence[str], how: Opening, *, dry: bool = False) -> Run:
+    """The run in that folder, ready for these stages. `dry` only checks, and neither writes nor removes anything.
+
+    Raises RecipeError or RunError, each with the option that would do what was perhaps meant.
+    """
+    if not folder.exists() or holds_nothing(folder):
+        return Run(folder, recipe) if dry else Run(folder, recipe).write()
+    if not (folder / "recipe.toml").is_file():
+        raise RecipeError(
+            "the output folder exists and holds something else than a run; nothing was touched",
+            str(folder),
+            "choose another --out",
+        )
+    run = Run(folder, recipe)
+    whole = tuple(stages) == _all(recipe)
+    if how.fresh and whole:
+        if not dry:
+            shutil.rmtree(folder)
+            run.write()
+        return run
+    _require_meant(run, stages, how, whole)
+    redone = stages if how.fresh else ()
+    later = [s for s in STAGES if redone and STAGES.index(s) >= min(map(STAGES.index, redone))]
+    changed = _require_allowed_changes(run, how, tuple(later))
+    if not dry:
+        for stage in later:
+            run.forget(stage)
+        _accept(run, changed)
+    return run
+
+
+def _all(recipe: Recipe) -> tuple[str, ...]:
+    return tuple(stage for stage in STAGES if getattr(recipe, stage) is not None)
+
+
+def _require_meant(run: Run, stages: Sequence[str], how: Opening, whole: bool) -> None:
+    """Refuses to go on in silence with what an earlier command left."""
+    if how.resume or how.fresh:
+        return
+    if whole:
+        done = (run.folder / "report.html").is_file()
+        raise RecipeError(
+            f"the output folder exists and holds {'a run with its report' if done else 'an unfinished run'}; nothing "
+            "was touched",
+            str(run.folder),
+            f"open {run.folder}/report.html, " * done
+            + "--resume to go on with it, --fresh to start over, or choose another --out",
+        )
+    for stage in stages:
+        if stage == "eval":
+            continue  # an evaluation only ever adds the samples that are missing
+        if run.finished(stage):
+            raise RunError(
+                f"the {stage} stage of this run is already trained",
+                str(run.folder),
+                "--fresh trains it again (and drops what came after it), or choose another --out",
+            )
+        if run.begun(stage):
+            raise RunError(
+                f"the {stage} stage of this run was begun and not finished",
+                str(run.folder),
+                "--resume goes on from its last checkpoint, --fresh starts the stage again",
+            )
+
+
+def _require_allowed_changes(run: Run, how: Opening, redone: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
+    """The changed keys, all of them meant and none of them read by a stage whose result stays."""
+    changed = recipes.changes(Run.read(run.folder).recipe, run.recipe)
+    unnamed = {k: v for k, v in changed.items() if not any(k == c or k.startswith(f"{c}.") for c in how.change)}
+    if unnamed:
+        listed = "".join(f"\n  - {key}: {_shown(old)} → {_shown(new)}" for key, (old, new) in unnamed.items())
+        flags = " ".join(f"--change {key}" for key in unnamed)
+        raise RecipeError(
+            f"the folder holds a run of another recipe:{listed}",
+            str(run.folder / "recipe.toml"),
+            f"use its recipe and overrides; or, if the change is meant, go on with --resume {flags}; or another --out",
+        )
+    for key in changed:
+        stale = [stage for stage in _readers(key) if stage not in redone and run.finished(stage)]
+        if stale:
+            raise RecipeError(
+                f"{key} has changed, and the {stale[0]} stage is finished under its former value",
+                str(run.folder),
+                f"heatbath {stale[0]} … --fresh repeats it with all that follows, or choose another --out",
+            )
+    return changed
+
+
+def _readers(key: str) -> tuple[str, ...]:
+    return () if key in FREE else READ_BY.get(key.partition(".")[0], STAGES)
+
+
+def _accept(run: Run, changed: dict[str, tuple[Any, Any]]) -> None:
+    """Writes the new recipe and a line about each change; what an affected, unfinished stage had begun goes."""
+    if not changed:
+        return
+    for stage in STAGES:
+        if any(stage in _readers(key) for key in changed) and not run.finished(stage) and run.begun(stage):
+            run.forget(stage)
+    run.write_recipe()
+    append_jsonl(
+        run.folder / "changes.jsonl",
+        [{"time": time.time(), "key": key, "before": old, "after": new} for key, (old, new) in changed.items()],
+    )
+
+
+def _shown(value: Any) -> str:
+    return "(none)" if value is None else str(value)

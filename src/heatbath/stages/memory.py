@@ -1,0 +1,103 @@
+"""An estimate of the memory a stage needs, from the model's configuration alone, and the launcher line.
+
+Weights, gradients and AdamW's two moments are float32 (16 bytes per trained parameter). Activations are counted per
+token and layer. It is an estimate: docs/LOG.md compares it with what was measured.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from heatbath import models
+from heatbath.recipe import Recipe
+
+GIB = 2**30
+CHUNK_ROWS = 1024  # tokens whose logits the engine holds at once
+ROUND = 4  # decimals of a GiB
+
+
+def estimate(recipe: Recipe, longest: int) -> dict[str, dict[str, float]]:
+    """GiB per device, by stage and part. `longest` is the number of tokens of the longest demonstration."""
+    config = _config(recipe)
+    shape = _shape(config)
+    trained = _lora_parameters(recipe, config) if recipe.lora else shape["parameters"]
+    short = models.autocast_dtype(recipe.precision) is not None
+    stages: dict[str, dict[str, float]] = {}
+    if recipe.sft is not None:
+        tokens = min(recipe.sft.micro_batch, recipe.sft.batch) * longest
+        stages["sft"] = _parts(recipe, shape, trained, tokens, short)
+    if recipe.rl is not None:
+        tokens = recipe.rl.micro_batch * (longest + recipe.rl.max_new_tokens)
+        stages["rl"] = _parts(recipe, shape, trained, tokens, short)
+        # Completions are sampled for one generation at a time, on this device, into a cache of keys and values.
+        rows = min(recipe.rl.prompts * recipe.rl.group_size, recipe.rl.micro_batch * 64)
+        cached = rows * (longest + recipe.rl.max_new_tokens) * shape["layers"] * 2 * shape["kv"]
+        stages["rl"]["sampling"] = round(cached * (2 if short else 4) / GIB, ROUND)
+    return stages
+
+
+def _parts(recipe: Recipe, shape: dict[str, int], trained: int, tokens: int, short: bool) -> dict[str, float]:
+    all_parameters = shape["parameters"]
+    copies = 1 if recipe.lora else 2  # the policy, and the frozen model it is compared with
+    casts = 2 * all_parameters if short else 0  # 16-bit copies of the weights within a step
+    width = 2 if short else 4
+    per_layer = width * (8 * shape["d"] + 2 * shape["kv"] + 4 * shape["ff"]) + 4 * 4 * shape["d"]
+    if torch.cuda.is_available():  # checkpointed: one layer whole, of the others their input
+        activations = tokens * (per_layer + shape["layers"] * width * shape["d"])
+    else:
+        activations = tokens * per_layer * shape["layers"]
+    logits = 3 * 4 * min(tokens, CHUNK_ROWS) * shape["V"]
+    parts = {
+        "weights": 4 * all_parameters * copies + casts,
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,
+        "activations": activations,
+        "logits": logits,
+    }
+    return {name: round(size / GIB, ROUND) for name, size in parts.items()}
+
+
+def launch_options() -> list[str]:
+    """Options of `accelerate launch` for one process on this machine; several processes are not offered yet."""
+    gpu = torch.cuda.is_available()
+    return ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", *([] if gpu else ["--cpu"])]
+
+
+def _config(recipe: Recipe) -> Any:
+    if recipe.model is None or recipe.model == models.TINY:
+        from heatbath import recipe as recipes
+        from heatbath.stages.pretrain import model_config
+
+        return model_config(recipe if recipe.model is None else recipes.load("base-tiny"))
+    return models.load_config(recipe.model)
+
+
+def _shape(config: Any) -> dict[str, int]:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    d, heads = text.hidden_size, text.num_attention_heads
+    return {
+        "parameters": model.num_parameters(),
+        "layers": text.num_hidden_layers,
+        "d": d,
+        "ff": getattr(text, "intermediate_size", None) or 4 * d,
+        "kv": (getattr(text, "num_key_value_heads", None) or heads) * (getattr(text, "head_dim", None) or d // heads),
+        "V": text.vocab_size,
+    }
+
+
+def _lora_parameters(recipe: Recipe, config: Any) -> int:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    from heatbath.stages.training import lora_config
+
+    with torch.device("meta"):
+        model = peft.get_peft_model(AutoModelForCausalLM.from_config(config), lora_config(recipe.lora))
+    trained: int = model.get_nb_trainable_parameters()[0]
+    return trained

@@ -1,0 +1,106 @@
+"""What `--dry-run` prints: rows, tokens, truncation, masks, steps, memory, and the command that would run."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import numpy as np
+
+from heatbath.data import checks
+from heatbath.data.rendering import Rendered
+from heatbath.data.rows import Splits
+from heatbath.recipe import Recipe
+from heatbath.stages import memory, pipeline, rl, sft
+
+
+def plan(recipe: Recipe, command: list[str]) -> dict[str, Any]:
+    """What a run would do, after reading its data, rendering its demonstrations and running every check. `command` is
+    the command line without `--dry-run`. Nothing is trained and nothing written."""
+    stages = pipeline.stages_of(recipe)
+    splits, tokenizer = pipeline.check(recipe, stages)
+    out: dict[str, Any] = {
+        "model": recipe.model or "made by [pretrain]",
+        "data": recipe.data.source,
+        "rows": {name: len(rows) for name, rows in splits.named().items()},
+        "notes": list(splits.notes),
+    }
+    longest = 0
+    if recipe.pretrain is not None:
+        out["pretrain"] = {"steps": sft.total_steps(recipe.pretrain, len(splits.demos))}
+    if recipe.sft is not None:
+        demos = checks.rendered(tokenizer, splits.demos, recipe, "demos")
+        longest = max(len(r.input_ids) for r in demos)
+        out["sft"] = {
+            "objective": recipe.sft.objective.model_dump(),
+            **_tokens(demos, tokenizer.eos_token_id),
+            "steps": sft.total_steps(recipe.sft, len(demos)),
+        }
+    if recipe.rl is not None:
+        out["rl"] = _rl(recipe, splits)
+    policies = 1 + (recipe.sft is not None) + (recipe.rl is not None)
+    out["eval"] = {
+        "policies": policies,
+        "problems": len(splits.test),
+        "samples": policies * len(splits.test) * recipe.eval.samples,
+    }
+    out["memory"] = memory.estimate(recipe, longest)
+    out["command"] = shlex.join(["accelerate", "launch", *memory.launch_options(), "-m", "heatbath", *command])
+    return out
+
+
+def _tokens(demos: list[Rendered], eos: int) -> dict[str, Any]:
+    lengths = np.array([len(r.input_ids) for r in demos])
+    return {
+        "tokens": int(lengths.sum()),
+        "supervised_tokens": sum(r.supervised for r in demos),
+        "median_length": int(np.median(lengths)),
+        "longest": int(lengths.max()),
+        "truncated": sum(r.truncated for r in demos),
+        "ends_with_eos": sum(r.labels[-1] == eos for r in demos),
+    }
+
+
+def _rl(recipe: Recipe, splits: Splits) -> dict[str, Any]:
+    assert recipe.rl is not None
+    steps = rl.total_steps(recipe.rl, len(splits.prompts))
+    return {
+        "policy": recipe.rl.policy,
+        "steps": steps,
+        "completions": steps * recipe.rl.update_prompts * recipe.rl.group_size,
+        "most_completion_tokens": recipe.rl.max_new_tokens,
+    }
+
+
+def show(found: dict[str, Any]) -> str:
+    """The plan as lines of text."""
+    rows = ", ".join(f"{count:,} {name}" for name, count in found["rows"].items())
+    lines = [f"model     {found['model']}", f"rows      {rows} ({found['data']})"]
+    lines += [f"          {note}" for note in found["notes"]]
+    if "pretrain" in found:
+        lines.append(f"pretrain  {found['pretrain']['steps']:,} steps")
+    if "sft" in found:
+        s = found["sft"]
+        total = found["rows"]["demos"]
+        hyper = ", ".join(f"{k} {v}" for k, v in s["objective"].items() if k != "name")
+        lines += [
+            f"sft       {s['steps']:,} steps of {s['objective']['name']}{f' ({hyper})' if hyper else ''}",
+            f"          {s['tokens']:,} tokens, {s['supervised_tokens']:,} of them supervised; length "
+            f"{s['median_length']} (median), {s['longest']} (longest)",
+            f"          {s['truncated']:,} of {total:,} truncated ({s['truncated'] / total:.1%}), "
+            f"{s['ends_with_eos']:,} end in a supervised EOS",
+        ]
+    if "rl" in found:
+        r = found["rl"]
+        lines.append(
+            f"rl        {r['steps']:,} steps of '{r['policy']}', {r['completions']:,} completions of at most "
+            f"{r['most_completion_tokens']:,} tokens"
+        )
+    e = found["eval"]
+    lines.append(f"eval      {e['problems']:,} problems, {e['samples']:,} samples of {e['policies']} policies")
+    for stage, parts in found["memory"].items():
+        total = sum(parts.values())
+        listed = ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items())
+        lines.append(f"memory    {stage}: about {total:.1f} GiB on each device ({listed})")
+    lines += ["checks    passed", f"command   {found['command']}"]
+    return "\n".join(lines)
