@@ -71,6 +71,14 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_base() -> str:
+    """The folder of the tiny base; pretrained (minutes) where the cache does not hold it."""
+    from heatbath import models
+
+    return models.resolve("tiny")
+
+
 @pytest.fixture
 def needs():
     """`needs("chromium")` skips without that program, and fails in CI, where it must be there."""

@@ -75,11 +75,10 @@ def open_run(folder: Path, recipe: Recipe, stages: Sequence[str], how: Opening, 
             run.write()
         return run
     _require_meant(run, stages, how, whole)
-    redone = stages if how.fresh else ()
-    later = [s for s in STAGES if redone and STAGES.index(s) >= min(map(STAGES.index, redone))]
-    changed = _require_allowed_changes(run, how, tuple(later))
+    redone = _redone(stages) if how.fresh else ()
+    changed = _require_allowed_changes(run, how, redone)
     if not dry:
-        for stage in later:
+        for stage in redone:
             run.forget(stage)
         _accept(run, changed)
     return run
@@ -87,6 +86,12 @@ def open_run(folder: Path, recipe: Recipe, stages: Sequence[str], how: Opening, 
 
 def _all(recipe: Recipe) -> tuple[str, ...]:
     return tuple(stage for stage in STAGES if getattr(recipe, stage) is not None)
+
+
+def _redone(stages: Sequence[str]) -> tuple[str, ...]:
+    """The stages that start over, and the training stages after them. Samples of the policies before them stay."""
+    first = min(map(STAGES.index, stages))
+    return tuple(stage for stage in STAGES[first:] if stage in stages or stage != "eval")
 
 
 def _require_meant(run: Run, stages: Sequence[str], how: Opening, whole: bool) -> None:

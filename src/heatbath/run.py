@@ -173,8 +173,9 @@ class Run:
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         return [row for row in read_jsonl(self.folder / "metrics.jsonl") if row["stage"] == stage]
 
-    def samples(self, policy: str) -> list[dict[str, Any]]:
-        return [row for row in read_jsonl(self.folder / "samples.jsonl") if row["policy"] == policy]
+    def samples(self, policy: str | None = None) -> list[dict[str, Any]]:
+        """The samples of a policy, or all there are, in the order in which they were drawn."""
+        return [row for row in read_jsonl(self.folder / "samples.jsonl") if policy in (None, row["policy"])]
 
     def add_samples(self, rows: list[dict[str, Any]]) -> None:
         append_jsonl(self.folder / "samples.jsonl", rows)

@@ -41,7 +41,9 @@ class Caught(TrainerCallback):
 
 def demonstrations(count: int) -> list:
     tokenizer = small_tokenizer()
-    return [render(tokenizer, row) for row in arithmetic.rows(2, ("+", "-"), arithmetic.PATHS, count, seed=0)]
+    sums = arithmetic.problems(2, ("+", "-"), count, 0, held_out=False)
+    rows = arithmetic.rows(sums, ("tens", "columns", "round"), paths=1, label_noise=0.0, seed=0)
+    return [render(tokenizer, row) for row in rows]
 
 
 def models() -> tuple:

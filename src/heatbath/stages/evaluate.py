@@ -42,7 +42,7 @@ def run_evaluation(run: Run, recipe: Recipe, progress: Progress) -> dict[str, An
 def rescore(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Grades the samples that a run has once more, as the grader is today, without sampling anything; returns the new
     content of results.json. Raises RunError when there are none."""
-    rows = [row for policy in run.policies for row in run.samples(policy)]
+    rows = run.samples()
     if not rows:
         raise RunError("the run has no samples to grade", str(run.folder / "samples.jsonl"), "run the eval stage first")
     with MathGrader(workers=recipe.reward.workers, deadline=recipe.reward.deadline) as grader:

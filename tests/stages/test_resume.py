@@ -1,0 +1,158 @@
+"""A stage killed in the middle and resumed ends in the very weights of the uninterrupted one, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from heatbath.opening import Opening, open_run
+from heatbath.progress import Progress
+from heatbath.recipe import load
+from heatbath.run import COMPLETE
+from heatbath.stages.evaluate import rescore, run_evaluation
+
+RECIPE = """
+model = "tiny"
+[data]
+source = "arithmetic"
+demos = 96
+validation = 16
+prompts = 40
+test = 10
+[sft]
+objective = { name = "gift", beta = 8.0 }
+lr = 5e-4
+epochs = 4
+batch = 16
+micro_batch = 8
+save_every = 4
+log_every = 3
+[rl]
+lr = 1e-4
+epochs = 2
+prompts = 8
+update_prompts = 4
+group_size = 4
+micro_batch = 8
+max_new_tokens = 28
+kl_every = 2
+save_every = 3
+[eval]
+samples = 4
+k = [1]
+max_new_tokens = 28
+"""
+# Of the rows of the log, what no clock decides.
+TIMED = ("time", "tokens_per_second", "step_seconds")
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "heatbath", *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ,
+    )
+
+
+def run(folder: Path, *arguments: str) -> str:
+    process = start(folder, *arguments)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return out
+
+
+def kill_at(folder: Path, stage: str, step: int, *arguments: str) -> int:
+    """Starts the stage and kills it with -9 as soon as it has logged that step; returns the step of the newest complete
+    checkpoint, which is an earlier or a slightly later one."""
+    process = start(folder, *arguments)
+    out = folder / arguments[arguments.index("--out") + 1]
+    log, deadline = out / "metrics.jsonl", time.monotonic() + 240
+    try:
+        while time.monotonic() < deadline and process.poll() is None:
+            rows = [json.loads(line) for line in log.read_bytes().split(b"\n")[:-1]] if log.exists() else []
+            if any(row["stage"] == stage and row["step"] >= step for row in rows):
+                break
+            time.sleep(0.002)
+        assert process.poll() is None, f"the stage ended before it could be killed\n{process.communicate()[0]}"
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    finally:
+        if process.poll() is None:
+            process.kill()
+    complete = (out / "checkpoints" / f".{stage}").glob(f"checkpoint-*/{COMPLETE}")
+    return max(int(path.parent.name.rpartition("-")[2]) for path in complete)
+
+
+def weights(folder: Path, policy: str) -> dict:
+    return load_file(folder / "checkpoints" / policy / "model.safetensors")
+
+
+def assert_same_weights(one: dict, two: dict) -> None:
+    assert one.keys() == two.keys()
+    for name in one:
+        assert (one[name] == two[name]).all(), f"{name} differs"
+
+
+def untimed(folder: Path, stage: str) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in rows if row["stage"] == stage]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small.toml and a run of it that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "small.toml").write_text(RECIPE)
+    run(folder, "run", "small.toml", "--out", "whole")
+    return folder
+
+
+def test_killed_in_sft_and_in_rl_the_run_ends_where_the_uninterrupted_one_does(whole: Path) -> None:
+    arguments = ("run", "small.toml", "--out", "killed")
+    step = kill_at(whole, "sft", 7, *arguments)
+    assert 4 <= step < 24 and not (whole / "killed" / "checkpoints" / "init").exists()
+    refused = start(whole, *arguments)
+    assert "--resume to go on with it" in refused.communicate(timeout=120)[0] and refused.returncode == 2
+    step = kill_at(whole, "rl", 7, *arguments, "--resume")
+    assert 4 <= step < 20 and step % 2 == 0, "RL is resumed only where a generation ends"
+    assert_same_weights(weights(whole / "killed", "init"), weights(whole / "whole", "init"))
+    said = run(whole, *arguments, "--resume")
+    assert "sft: finished before, kept" in said
+    assert_same_weights(weights(whole / "killed", "final"), weights(whole / "whole", "final"))
+    for stage in ("sft", "rl"):
+        assert untimed(whole / "killed", stage) == untimed(whole / "whole", stage)
+    ours, theirs = (json.loads((whole / n / "results.json").read_text()) for n in ("killed", "whole"))
+    assert ours == theirs
+    assert sorted(p.name for p in (whole / "killed" / "checkpoints").iterdir()) == ["final", "init"]
+
+
+def test_more_samples_are_added_and_all_can_be_scored_again(whole: Path) -> None:
+    """Neither samples anything that is there already."""
+    folder = whole / "whole"
+    more = load(whole / "small.toml", ["eval.samples=5"])
+    opened = open_run(folder, more, ("eval",), Opening(resume=True, change=["eval.samples"]))
+    before = samples(folder)
+    run_evaluation(opened, more, Progress(quiet=True))
+    after = samples(folder)
+    assert after[: len(before)] == before and len(after) == len(before) * 5 // 4
+    spoiled = [{**row, "status": "wrong", "score": 0.0} for row in after]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in spoiled))
+    results = rescore(opened, more, Progress(quiet=True))
+    again = samples(folder)
+    kept = ("completion", "status", "score", "answer", "rule")
+    assert [[r[k] for k in kept] for r in again] == [[r[k] for k in kept] for r in after]
+    right = sum(r["status"] == "right" for r in after if r["policy"] == "base")
+    assert results["policies"]["base"]["verdicts"]["right"] == right > 0
+
+
+def samples(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
