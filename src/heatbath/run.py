@@ -129,6 +129,13 @@ class Run:
             self.checkpoint(policy).rename(doomed)
             shutil.rmtree(doomed)
 
+    def forget_everything(self) -> None:
+        """Removes everything that the run has written, and nothing else that lies in its folder."""
+        for stage in STAGES:
+            self.forget(stage)
+        for name in ("recipe.toml", "env.json", "base.json", "changes.jsonl", "metrics.jsonl"):
+            (self.folder / name).unlink(missing_ok=True)
+
     @contextmanager
     def new_checkpoint(self, policy: str) -> Iterator[Path]:
         """A folder to save into; it takes its name only once complete. Raises RunError when the policy exists.

@@ -90,10 +90,11 @@ def test_chat_messages_are_context_question_and_solution(tmp_path: Path) -> None
     ("turns", "message"),
     [
         ([{"role": "assistant", "content": "2"}], "no user turn"),
-        ([{"role": "user", "content": "q"}], "no 'chat'"),
+        ([{"role": "user", "content": "q"}], "no assistant turn"),
         ([{"role": "user", "content": ""}, {"role": "assistant", "content": "2"}], "message 1"),
         ([{"role": "human", "content": "q"}, {"role": "assistant", "content": "2"}], "message 1"),
-        ("text", "no 'chat'"),
+        ("text", "is a str, not a list"),
+        ([], "'chat' is empty"),
     ],
 )
 def test_malformed_chats_are_named(tmp_path: Path, turns: object, message: str) -> None:
@@ -264,7 +265,7 @@ def test_decontamination_removes_rows_that_share_words_and_says_which(tmp_path: 
         ([{"question": "q", "answer": "1"}, "[1]"], "not a JSON object", "row 2"),
         ([{"question": "q"}], "no 'answer'", "row 1"),
         ([{"answer": "1"}], "no 'question'", "row 1"),
-        ([{"question": "  ", "answer": "1"}], "no 'question'", "row 1"),
+        ([{"question": "  ", "answer": "1"}], "'question' is empty", "row 1"),
         ([{"question": "q", "answer": ["1"]}], "is a list", "row 1"),
         ([""], "holds no rows", "test.jsonl"),
     ],

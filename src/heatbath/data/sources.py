@@ -63,7 +63,7 @@ def _require_disjoint(splits: Splits) -> None:
                 first = shared[0]
                 raise DataError(
                     f"{len(shared)} held-out question(s) also stand in data.{other}, first: {first.question[:80]!r}",
-                    f"{problems[first.problem].origin} (data.{held_out}) and {first.origin} (data.{other})",
+                    f"data.{held_out}, {problems[first.problem].origin}, and data.{other}, {first.origin}",
                     "remove them from one of the two: a problem seen in training measures nothing",
                 )
 

@@ -14,6 +14,7 @@ from heatbath.sections import DeepMathData, Fields, FilesData, HubData
 
 Record = tuple[dict[str, Any], str]  # what the table holds, and where
 NEEDS = {"demos": "solution", "validation": "solution", "prompts": "answer", "test": "answer"}
+MESSAGE = 'each is {"role": "system" | "user" | "assistant", "content": "…"}'
 READERS = (".jsonl", ".json", ".parquet", ".csv")
 
 
@@ -99,7 +100,9 @@ def read_file(path: Path, key: str) -> Iterator[Record]:
     readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"no reader for '{path.suffix or path.name}' files", f"{path} ({key})", f"use {READERS}")
+        raise DataError(
+            f"no reader for '{path.suffix or path.name}' files", f"{path} ({key})", f"write it as {', '.join(READERS)}"
+        )
     try:
         records = list(reader(path, key))
     except (OSError, UnicodeDecodeError) as error:
@@ -176,8 +179,11 @@ def _rows(record: dict[str, Any], where: str, fields: Fields, need: tuple[str, .
         names = [fields.solution] if isinstance(fields.solution, str) else fields.solution
         solutions = [text for name in names for text in _texts(record, name, where)]
     if "solution" in need and not solutions:
-        name = fields.messages or fields.solution
-        raise _missing(record, name if isinstance(name, str) else name[0], "solution", where)
+        if fields.messages is not None:
+            raise DataError(f"no assistant turn ends '{fields.messages}'", where, "a demonstration ends in the answer")
+        raise _missing(
+            record, fields.solution if isinstance(fields.solution, str) else fields.solution[0], "solution", where
+        )
     answer = _text(record.get(fields.answer), fields.answer, where)
     if answer is not None and fields.answer_after is not None:
         answer = _after(answer, fields.answer_after, where)
@@ -190,7 +196,9 @@ def _rows(record: dict[str, Any], where: str, fields: Fields, need: tuple[str, .
 def _conversation(record: dict[str, Any], name: str, where: str) -> tuple[tuple[tuple[str, str], ...], str, list[str]]:
     """The turns before the question, the question, and the last assistant turn as the solution."""
     turns = record.get(name)
-    if not isinstance(turns, list) or not turns:
+    if turns and not isinstance(turns, list):
+        raise DataError(f"'{name}' is a {type(turns).__name__}, not a list of messages", where, MESSAGE)
+    if not turns:
         raise _missing(record, name, "messages", where)
     pairs = []
     for number, turn in enumerate(turns, 1):
@@ -203,7 +211,7 @@ def _conversation(record: dict[str, Any], name: str, where: str) -> tuple[tuple[
             raise DataError(
                 f"message {number} of '{name}' is not a turn with a role and text",
                 where,
-                'each is {"role": "system" | "user" | "assistant", "content": "…"}',
+                MESSAGE,
             )
         pairs.append((turn["role"], content))
     solution = [pairs.pop()[1]] if pairs[-1][0] == "assistant" else []
@@ -245,6 +253,8 @@ def _required(record: dict[str, Any], name: str, what: str, where: str) -> str:
 
 
 def _missing(record: dict[str, Any], name: str, what: str, where: str) -> DataError:
+    if name in record:
+        return DataError(f"'{name}' is empty in the row", where, f"fill in the {what}, or drop the row")
     return DataError(
         f"no '{name}' in the row (it has {', '.join(map(str, record)) or 'no fields'})",
         where,

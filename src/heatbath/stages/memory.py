@@ -15,10 +15,11 @@ from heatbath.recipe import Recipe
 
 GIB = 2**30
 CHUNK_ROWS = 1024  # tokens whose logits the engine holds at once
+LIBRARIES = int(0.5 * GIB)  # torch, transformers and TRL themselves
 ROUND = 4  # decimals of a GiB
 
 
-def estimate(recipe: Recipe, longest: int) -> dict[str, dict[str, float]]:
+def estimate(recipe: Recipe, longest: int, longest_prompt: int) -> dict[str, dict[str, float]]:
     """GiB per device, by stage and part. `longest` is the number of tokens of the longest demonstration."""
     config = _config(recipe)
     shape = _shape(config)
@@ -29,11 +30,12 @@ def estimate(recipe: Recipe, longest: int) -> dict[str, dict[str, float]]:
         tokens = min(recipe.sft.micro_batch, recipe.sft.batch) * longest
         stages["sft"] = _parts(recipe, shape, trained, tokens, short)
     if recipe.rl is not None:
-        tokens = recipe.rl.micro_batch * (longest + recipe.rl.max_new_tokens)
+        width = longest_prompt + recipe.rl.max_new_tokens
+        tokens = recipe.rl.micro_batch * width
         stages["rl"] = _parts(recipe, shape, trained, tokens, short)
-        # Completions are sampled for one generation at a time, on this device, into a cache of keys and values.
-        rows = min(recipe.rl.prompts * recipe.rl.group_size, recipe.rl.micro_batch * 64)
-        cached = rows * (longest + recipe.rl.max_new_tokens) * shape["layers"] * 2 * shape["kv"]
+        # The completions of a generation are sampled at once, into a cache of keys and values.
+        rows = recipe.rl.prompts * recipe.rl.group_size
+        cached = rows * width * shape["layers"] * 2 * shape["kv"]
         stages["rl"]["sampling"] = round(cached * (2 if short else 4) / GIB, ROUND)
     return stages
 
@@ -43,18 +45,23 @@ def _parts(recipe: Recipe, shape: dict[str, int], trained: int, tokens: int, sho
     copies = 1 if recipe.lora else 2  # the policy, and the frozen model it is compared with
     casts = 2 * all_parameters if short else 0  # 16-bit copies of the weights within a step
     width = 2 if short else 4
-    per_layer = width * (8 * shape["d"] + 2 * shape["kv"] + 4 * shape["ff"]) + 4 * 4 * shape["d"]
+    # Kept for the backward pass of a layer: float32 around the two norms and the residuals (7 d), and at the width of
+    # the products the projections' inputs, queries, keys and values before and after rotation, and the gated MLP.
+    per_layer = 4 * 7 * shape["d"] + width * (6 * shape["d"] + 3 * shape["kv"] + 4 * shape["ff"])
     if torch.cuda.is_available():  # checkpointed: one layer whole, of the others their input
         activations = tokens * (per_layer + shape["layers"] * width * shape["d"])
     else:
         activations = tokens * per_layer * shape["layers"]
-    logits = 3 * 4 * min(tokens, CHUNK_ROWS) * shape["V"]
+    logits = (
+        6 * 4 * min(tokens, CHUNK_ROWS) * shape["V"]
+    )  # of a chunk, policy and base: logits, probabilities, gradient
     parts = {
         "weights": 4 * all_parameters * copies + casts,
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
         "activations": activations,
         "logits": logits,
+        "libraries": LIBRARIES,
     }
     return {name: round(size / GIB, ROUND) for name, size in parts.items()}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from heatbath.data import checks
+from heatbath.data import checks, rendering
 from heatbath.data.rendering import Rendered
 from heatbath.data.rows import Splits
 from heatbath.recipe import Recipe
@@ -44,7 +44,8 @@ def plan(recipe: Recipe, command: list[str]) -> dict[str, Any]:
         "problems": len(splits.test),
         "samples": policies * len(splits.test) * recipe.eval.samples,
     }
-    out["memory"] = memory.estimate(recipe, longest)
+    prompts = [rendering.prompt_ids(tokenizer, rendering.messages(r, recipe.data.system)) for r in splits.prompts]
+    out["memory"] = memory.estimate(recipe, longest, max(map(len, prompts), default=0))
     out["command"] = shlex.join(["accelerate", "launch", *memory.launch_options(), "-m", "heatbath", *command])
     return out
 

@@ -1,0 +1,395 @@
+"""Typical mistakes, what heatbath says to each, and the page docs/errors.md made of them.
+
+python tests/mistakes.py     writes the page anew
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from unittest import mock
+
+PAGE = Path(__file__).parents[1] / "docs" / "errors.md"
+RECIPE = """\
+model = "./base"
+precision = "fp32"
+
+[data]
+source = "arithmetic"
+demos = 8
+validation = 2
+prompts = 8
+test = 4
+
+[sft]
+objective = { name = "gift", beta = 4.0 }
+batch = 4
+micro_batch = 4
+
+[rl]
+prompts = 4
+update_prompts = 4
+group_size = 2
+micro_batch = 8
+max_new_tokens = 8
+
+[eval]
+samples = 2
+k = [1]
+"""
+FILES = """\
+model = "./base"
+
+[data]
+source = "files"
+{data}
+
+[sft]
+batch = 1
+{sft}
+"""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A command that is wrong, the files beside it, and what its message must hold."""
+
+    title: str
+    command: str
+    says: tuple[str, ...]
+    files: dict[str, str] = field(default_factory=dict)
+    code: int = 2
+    before: Callable[[Path], None] | None = None
+
+
+def demos(*rows: object) -> str:
+    return "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n"
+
+
+def files(rows: str, *, data: str = "", sft: str = "", **more: str) -> dict[str, str]:
+    """A recipe that learns demos.jsonl, and that file."""
+    return {
+        "r.toml": FILES.format(data=f'demos_from = "demos.jsonl"\n{data}'.strip(), sft=sft),
+        "demos.jsonl": rows,
+        **more,
+    }
+
+
+ROW = {"question": "What is 1 + 1?", "solution": "1 + 1 = 2", "answer": "2"}
+
+
+def recipe(title: str, change: str, *says: str) -> Mistake:
+    """A recipe that an override makes wrong."""
+    return Mistake(title, f"run r.toml {change} --dry-run", says, {"r.toml": RECIPE})
+
+
+def spoil_tokenizer(folder: Path) -> None:
+    """A tokenizer that knows one more token than the model."""
+    from transformers import AutoTokenizer
+
+    whole = (folder / "base").resolve()
+    (folder / "base").unlink()
+    shutil.copytree(whole, folder / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer.add_tokens(["<|think|>"])
+    tokenizer.save_pretrained(folder / "base")
+
+
+def train(folder: Path) -> None:
+    """A finished warm start in runs/r."""
+    assert call(folder, "sft r.toml")[0] == 0
+
+
+def other_base(folder: Path) -> None:
+    """A run whose base is replaced after its warm start."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    train(folder)
+    whole = (folder / "base").resolve()
+    (folder / "base").unlink()
+    shutil.copytree(whole, folder / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.1)
+    model.save_pretrained(folder / "base")
+
+
+TWICE = "{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}"
+SECTIONS: dict[str, list[Mistake]] = {
+    "The recipe": [
+        recipe("A misspelt key", "sft.lrr=1e-5", "sft.lrr: unknown key, did you mean 'lr'?"),
+        recipe("A misspelt table", "evl.samples=4", "evl: unknown key, did you mean 'eval'?"),
+        recipe("A key in the wrong table", "sft.beta=5", "did you mean 'sft.objective.beta'?"),
+        recipe("A value of the wrong type", "sft.lr=fast", "sft.lr: input should be a valid number", "'fast'"),
+        recipe(
+            "Several mistakes at once",
+            "sft.epochs=-1 rl.group_size=1 sed=3",
+            "3 mistakes",
+            "sft.epochs",
+            "rl.group_size",
+            "sed: unknown key, did you mean 'seed'?",
+        ),
+        recipe("A misspelt objective", "sft.objective.name=gfit", "unknown objective 'gfit', did you mean 'gift'?"),
+        recipe("A hyper-parameter out of range", "sft.objective.beta=-2", "beta must be a finite number ≥ 0"),
+        recipe("An unknown source of data", "data.source=arithmatic", "did you mean 'arithmetic'?"),
+        recipe("A key of another source", "data.pool=x.jsonl", "data.pool", "it belongs to files and hub"),
+        recipe("A key below a value", "model.x=1", "'model' is not a table"),
+        Mistake(
+            "Neither a model nor a table that makes one",
+            "run r.toml --dry-run",
+            ("model: required",),
+            {"r.toml": RECIPE.partition("\n")[2]},
+        ),
+        Mistake(
+            "A model, and a table that makes another",
+            "run r.toml --dry-run",
+            ("[pretrain] makes the base from nothing",),
+            {"r.toml": RECIPE + "\n[pretrain]\n"},
+        ),
+        recipe(
+            "A batch that its parts do not divide", "sft.batch=6", "batch (6) must be a multiple of micro_batch (4)"
+        ),
+        recipe("Prompts that the updates do not divide", "rl.prompts=6", "must be a multiple of update_prompts"),
+        recipe("pass@k from too few samples", "eval.k=[1,4]", "pass@4 needs at least 4 samples, not 2"),
+        recipe("More solutions than forms", "data.paths=5", "need as many forms, not 4"),
+        recipe(
+            "A field that the trainer does not have",
+            "sft.trainer.neftune_noise_alfa=5",
+            "trl.SFTConfig has no field 'neftune_noise_alfa', did you mean 'neftune_noise_alpha'?",
+        ),
+        recipe(
+            "A trainer field that the recipe already sets",
+            "rl.trainer.learning_rate=1e-5",
+            "learning_rate is set by rl.lr; set that instead",
+        ),
+        recipe("A trainer field of the wrong type", "sft.trainer.dataloader_num_workers=two", "valid integer", "'two'"),
+        Mistake("A file that is not TOML", "run r.toml", ("not valid TOML",), {"r.toml": "model = \n"}),
+        Mistake("A recipe that is not there", "run smke", ("no such recipe", "did you mean 'smoke'?")),
+        recipe("An override without a value", "sft.lr", "an override is section.key=value"),
+    ],
+    "The model": [
+        recipe("A folder that is not there", "model=./bsae", "cannot load the model './bsae': it is no folder"),
+        recipe("A misspelt model", "model=tinny", "did you mean 'tiny'?"),
+        recipe("A chat template that is not there", "template=alpaca", "no chat template 'alpaca'", "plain"),
+        Mistake(
+            "Tokenizer and model of different vocabularies",
+            "run r.toml --dry-run",
+            ("different vocabularies", "<|think|>"),
+            {"r.toml": RECIPE},
+            1,
+            spoil_tokenizer,
+        ),
+    ],
+    "The data": [
+        Mistake("A missing file", "sft r.toml", ("cannot read",), {"r.toml": files("")["r.toml"]}),
+        Mistake("A row that is not JSON", "sft r.toml", ("not JSON", "row 2"), files(demos(ROW, "{'question'"))),
+        Mistake(
+            "A field under another name",
+            "sft r.toml",
+            ("no 'question' in the row (it has prompt, solution)", "data.fields.question"),
+            files(demos({"prompt": "1 + 1?", "solution": "2"})),
+        ),
+        Mistake(
+            "An empty solution",
+            "sft r.toml",
+            ("'solution' is empty in the row", "row 2"),
+            files(demos(ROW, {**ROW, "solution": " "})),
+        ),
+        Mistake(
+            "A chat that does not end in an answer",
+            "sft r.toml",
+            ("no assistant turn ends 'messages'",),
+            files(
+                demos({"messages": [{"role": "user", "content": "1 + 1?"}]}), data='fields = { messages = "messages" }'
+            ),
+        ),
+        Mistake(
+            "Nothing to learn in a row",
+            "sft r.toml",
+            ("no supervised token: the prompt alone fills max_length = 12", "row 1"),
+            files(demos(ROW), sft="max_length = 12\ntruncate = true"),
+        ),
+        Mistake(
+            "Rows cut in silence",
+            "sft r.toml",
+            ("1 of 2 rows (50.0%) are longer than sft.max_length = 40", "sft.truncate = true", "row 2"),
+            files(demos(ROW, {**ROW, "question": "2?", "solution": "0" * 60}), sft="max_length = 40"),
+        ),
+        Mistake(
+            "The end token inside a solution",
+            "sft r.toml",
+            ("the solution contains the end token <|end|>", "row 2"),
+            files(demos(ROW, {**ROW, "question": "2?", "solution": "so<|end|>2"})),
+        ),
+        Mistake(
+            "BOS twice",
+            "sft r.toml template=twice.jinja",
+            ("begins with BOS (token 2) twice", "row 1"),
+            files(demos(ROW), **{"twice.jinja": TWICE}),
+            before=lambda folder: give_bos(folder),
+        ),
+        Mistake(
+            "A test problem among the demonstrations",
+            "run r.toml --dry-run",
+            ("1 held-out question(s) also stand in data.demos", "test.jsonl, row 1", "demos.jsonl, row 1"),
+            files(
+                demos(ROW),
+                data='test_from = "test.jsonl"',
+                **{"test.jsonl": demos({**ROW, "question": "what is 1 + 1?"})},
+            ),
+        ),
+        Mistake(
+            "A gold answer that no grader can read",
+            "run r.toml --dry-run",
+            ("1 of 1 gold answers cannot be graded", "row 1", "data.fields.answer_after"),
+            files(
+                demos(ROW),
+                data='test_from = "test.jsonl"',
+                **{"test.jsonl": demos({"question": "2 + 2?", "answer": "see page 12 " * 50})},
+            ),
+        ),
+        Mistake(
+            "An answer without its marker",
+            "sft r.toml",
+            ("no '####' with an answer after it in '2'",),
+            files(demos(ROW), data='fields = { answer_after = "####" }'),
+        ),
+        recipe("Fewer prompts than one generation takes", "data.prompts=3", "3 prompts, but one generation takes"),
+        recipe("More problems than there are", "data.demos=5000", "but only 3,054 exist with 2 digits"),
+        Mistake(
+            "A stage without its rows",
+            "run r.toml --dry-run",
+            ("the sft stage reads data.demos, and the recipe gives it no row",),
+            {"r.toml": FILES.format(data='test_from = "test.jsonl"', sft="")},
+        ),
+    ],
+    "The folder of a run": [
+        Mistake(
+            "A folder that holds a run",
+            "sft r.toml",
+            ("the sft stage of this run is already trained", "--fresh"),
+            {"r.toml": RECIPE},
+            1,
+            train,
+        ),
+        Mistake(
+            "Another recipe than the run's",
+            "rl r.toml sft.lr=2e-5",
+            ("sft.lr: 1e-05 → 2e-05", "--resume --change sft.lr"),
+            {"r.toml": RECIPE},
+            before=train,
+        ),
+        Mistake(
+            "A change that a finished stage had to know",
+            "rl r.toml sft.lr=2e-5 --resume --change sft.lr",
+            ("sft.lr has changed, and the sft stage is finished under its former value",),
+            {"r.toml": RECIPE},
+            before=train,
+        ),
+        Mistake(
+            "A base that is no longer the same",
+            "eval r.toml",
+            ("the base model is not the one this run began with",),
+            {"r.toml": RECIPE},
+            1,
+            other_base,
+        ),
+        Mistake("Both ways of going on", "run r.toml --resume --fresh", ("exclude each other",), {"r.toml": RECIPE}),
+        Mistake(
+            "A report of something else", "report base", ("not a run: it holds no recipe.toml",), {"r.toml": RECIPE}
+        ),
+    ],
+}
+MISTAKES = [mistake for section in SECTIONS.values() for mistake in section]
+
+
+def give_bos(folder: Path) -> None:
+    """A tokenizer with a BOS token."""
+    from transformers import AutoTokenizer
+
+    whole = (folder / "base").resolve()
+    (folder / "base").unlink()
+    shutil.copytree(whole, folder / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer.bos_token = "<|user|>"
+    tokenizer.save_pretrained(folder / "base")
+
+
+def call(folder: Path, command: str) -> tuple[int, str]:
+    """Exit code and stderr of a heatbath command in that folder."""
+    from heatbath import cli
+
+    err = StringIO()
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        with (
+            mock.patch.object(sys, "argv", ["heatbath", *command.split()]),
+            redirect_stderr(err),
+            redirect_stdout(StringIO()),
+        ):
+            try:
+                cli.main()
+                code = 0
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+    finally:
+        os.chdir(here)
+    return code, err.getvalue()
+
+
+def message(mistake: Mistake, folder: Path, base: Path) -> tuple[int, str]:
+    """Exit code, and the message as a user in that folder sees it."""
+    (folder / "base").symlink_to(base)
+    for name, text in mistake.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if mistake.before is not None:
+        mistake.before(folder)
+    code, text = call(folder, mistake.command)
+    said = text[text.index("error: ") :] if "error: " in text else text
+    return code, said.replace(f"{folder}/", "").strip()
+
+
+def page(said: dict[str, str]) -> str:
+    """The page of all mistakes and messages."""
+    lines = [
+        "# Errors",
+        "",
+        "Typical mistakes and what heatbath says to each: what happened, where, and what to do. Exit code 2 means that",
+        "the recipe, the data or the command is wrong, 1 that something failed; nothing trains before these checks.",
+        "This page is written by `python tests/mistakes.py`, from the table that the tests use.",
+    ]
+    for section, mistakes in SECTIONS.items():
+        lines += ["", f"## {section}"]
+        for m in mistakes:
+            lines += ["", f"### {m.title}", "", "```text", f"$ heatbath {m.command}", said[m.title], "```"]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from conftest import small_model, small_tokenizer
+
+    with tempfile.TemporaryDirectory() as name:
+        base = Path(name) / "small"
+        small_model().save_pretrained(base)
+        small_tokenizer().save_pretrained(base)
+        said = {}
+        for number, mistake in enumerate(MISTAKES):
+            folder = Path(name) / str(number)
+            folder.mkdir()
+            said[mistake.title] = message(mistake, folder, base)[1]
+    PAGE.write_text(page(said), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
