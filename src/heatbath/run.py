@@ -109,7 +109,8 @@ class Run:
         """Whether a stage has left anything: a log row, a checkpoint, a sample, or its end."""
         if stage == "eval":
             return (self.folder / "samples.jsonl").exists() or self.finished(stage)
-        return self.finished(stage) or self.working(stage).exists() or bool(self.metrics(stage))
+        profiled = stage == "sft" and (self.folder / "surprise.json").exists()
+        return profiled or self.finished(stage) or self.working(stage).exists() or bool(self.metrics(stage))
 
     def forget(self, stage: str) -> None:
         """Removes everything that a stage has left, with the samples of the policy it made and all results."""

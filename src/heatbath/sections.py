@@ -240,7 +240,8 @@ class Lora(Section):
 
 
 class SFT(Optimizer):
-    """The warm start. `batch` and `micro_batch` count sequences: per optimizer step, and per forward pass.
+    """The warm start. `batch` and `micro_batch` count sequences: per optimizer step, and per forward pass. `max_steps`
+    ends before `epochs` do.
 
     More than 1 % of rows longer than `max_length` is an error unless `truncate`. `packing` lays the sequences of a
     micro-batch end to end instead of padding them; none sees another. `trainer` holds any field of `trl.SFTConfig`.

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from conftest import small_tokenizer
+from conftest import small_model, small_tokenizer
 from heatbath import models
 from heatbath.data.rendering import IGNORE, messages, prompt_ids, render
 from heatbath.data.rows import Row
@@ -66,3 +66,60 @@ def test_a_template_without_eos_gets_one() -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     row = render(tokenizer, ROW)
     assert row.labels[-1] == tokenizer.eos_token_id
+
+
+def with_bos() -> object:
+    """A tokenizer that puts BOS before plain text, as Llama's does, and knows Llama 3's header tokens."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = small_tokenizer()
+    headers = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>", "additional_special_tokens": headers})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = None
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [None, "plain", "llama-base"])
+def test_a_base_without_a_template_gets_one_that_begins_with_one_bos_and_ends_in_eos(template, tmp_path) -> None:
+    tokenizer = with_bos()
+    models.set_template(tokenizer, template)
+    row = render(tokenizer, ROW, system="Add.")
+    assert row.input_ids.count(tokenizer.bos_token_id) == 1 and row.input_ids[0] == tokenizer.bos_token_id
+    learned = tokenizer.decode([label for label in row.labels if label != IGNORE])
+    assert learned.strip() == ROW.solution + tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path)  # it travels with the checkpoint
+    small_model().config.save_pretrained(tmp_path)
+    again = models.load_tokenizer(str(tmp_path))
+    assert render(again, ROW, system="Add.") == row
+
+
+def test_a_plain_template_reads_as_plain_text() -> None:
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = None
+    models.set_template(tokenizer, None)
+    text = tokenizer.decode(render(tokenizer, ROW, system="Add.").input_ids)
+    assert text == f"Add.\n\nQuestion: {ROW.question}\n\nAnswer: {ROW.solution}<|end|>"
+
+
+def test_a_models_own_template_stays_unless_another_is_named(tmp_path) -> None:
+    own = small_tokenizer().chat_template
+    tokenizer = small_tokenizer()
+    models.set_template(tokenizer, None)
+    assert tokenizer.chat_template == own
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ m.content }}|{% endfor %}")
+    models.set_template(tokenizer, str(tmp_path / "mine.jinja"))
+    assert tokenizer.decode(render(tokenizer, ROW).input_ids) == f"{ROW.question}|{ROW.solution}|<|end|>"
+
+
+def test_earlier_turns_are_context_and_two_system_messages_are_refused() -> None:
+    tokenizer = small_tokenizer()
+    history = (("user", "Hi"), ("assistant", "Hello"))
+    row = render(tokenizer, Row("1 + 1?", "2", "2", history))
+    learned = tokenizer.decode([label for label in row.labels if label != IGNORE])
+    assert learned == "2<|end|>" and "Hello" in tokenizer.decode(row.input_ids)
+    with pytest.raises(DataError, match="system message of its own"):
+        messages(Row("q", "s", "a", (("system", "x"),)), "Be brief.")
