@@ -132,8 +132,9 @@ SECTIONS: dict[str, list[Mistake]] = {
         recipe("A value of the wrong type", "sft.lr=fast", "sft.lr: input should be a valid number", "'fast'"),
         recipe(
             "Several mistakes at once",
-            "sft.epochs=-1 rl.group_size=1 sed=3",
-            "3 mistakes",
+            "sft.epochs=-1 rl.group_size=1 sed=3 pretrain.width=64",
+            "4 mistakes",
+            "leave out model, or [pretrain]",
             "sft.epochs",
             "rl.group_size",
             "sed: unknown key, did you mean 'seed'?",
@@ -172,6 +173,12 @@ SECTIONS: dict[str, list[Mistake]] = {
             "learning_rate is set by rl.lr; set that instead",
         ),
         recipe("A trainer field of the wrong type", "sft.trainer.dataloader_num_workers=two", "valid integer", "'two'"),
+        recipe(
+            "A trainer field that would be ignored",
+            "rl.trainer.num_iterations=2",
+            "num_iterations cannot be set: each generation is used once",
+        ),
+        recipe("LoRA on layers that are not there", 'lora.targets=["q_prj"]', "do not fit the model", "q_proj"),
         Mistake("A file that is not TOML", "run r.toml", ("not valid TOML",), {"r.toml": "model = \n"}),
         Mistake("A recipe that is not there", "run smke", ("no such recipe", "did you mean 'smoke'?")),
         recipe("An override without a value", "sft.lr", "an override is section.key=value"),
@@ -231,6 +238,12 @@ SECTIONS: dict[str, list[Mistake]] = {
             files(demos(ROW, {**ROW, "question": "2?", "solution": "so<|end|>2"})),
         ),
         Mistake(
+            "Characters that the tokenizer does not know",
+            "sft r.toml",
+            ("1 of 2 rows hold characters that the tokenizer does not know (<unk>)", "row 2"),
+            files(demos(ROW, {**ROW, "question": "3 × 4?"})),
+        ),
+        Mistake(
             "BOS twice",
             "sft r.toml template=twice.jinja",
             ("begins with BOS (token 2) twice", "row 1"),
@@ -254,7 +267,7 @@ SECTIONS: dict[str, list[Mistake]] = {
             files(
                 demos(ROW),
                 data='test_from = "test.jsonl"',
-                **{"test.jsonl": demos({"question": "2 + 2?", "answer": "see page 12 " * 50})},
+                **{"test.jsonl": demos({"question": "2 + 2?", "answer": "N/A"})},
             ),
         ),
         Mistake(
@@ -304,9 +317,7 @@ SECTIONS: dict[str, list[Mistake]] = {
             other_base,
         ),
         Mistake("Both ways of going on", "run r.toml --resume --fresh", ("exclude each other",), {"r.toml": RECIPE}),
-        Mistake(
-            "A report of something else", "report base", ("not a run: it holds no recipe.toml",), {"r.toml": RECIPE}
-        ),
+        Mistake("A report of something else", "report base", ("not a run: it holds no env.json",), {"r.toml": RECIPE}),
     ],
 }
 MISTAKES = [mistake for section in SECTIONS.values() for mistake in section]

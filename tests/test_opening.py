@@ -8,7 +8,7 @@ import pytest
 from heatbath.errors import HeatbathError, RecipeError, RunError
 from heatbath.opening import Opening, open_run
 from heatbath.recipe import changes, parse
-from heatbath.run import COMPLETE, Run
+from heatbath.run import Run
 
 ALL = ("sft", "rl", "eval")
 
@@ -38,13 +38,13 @@ def finished(folder: Path, *stages: str) -> Run:
 
 def begin(run: Run, stage: str, *steps: int) -> None:
     """An attempt at a stage that was cut off, with complete checkpoints at these steps and a half one later."""
+    run.log(stage, 0, {"nll": 1.0})
     for step in (*steps, 99):
         folder = run.working(stage) / f"checkpoint-{step}"
         folder.mkdir(parents=True)
-        if step != 99:
-            (folder / COMPLETE).touch()
-    for step in (0, *steps, 98):
         run.log(stage, step, {"nll": 1.0})
+        if step != 99:
+            run.complete(folder, stage)
 
 
 def snapshot(folder: Path) -> dict:
@@ -117,7 +117,7 @@ def test_fresh_of_the_whole_run_starts_over(tmp_path: Path) -> None:
     ("done", "change", "named", "refusal"),
     [
         (("sft",), {"rl": {"lr": 2e-6}}, [], "another recipe"),
-        (("sft",), {"rl": {"lr": 2e-6}}, ["rl.lrr"], "another recipe"),
+        (("sft",), {"rl": {"lr": 2e-6}}, ["rl.lrr"], "names no key of a recipe: rl.lrr"),
         (("sft",), {"rl": {"lr": 2e-6}}, ["rl.lr"], None),
         (("sft",), {"rl": {"lr": 2e-6, "clip": 0.1}}, ["rl.lr"], "rl.clip: 0.2 → 0.1"),
         (("sft",), {"rl": {"lr": 2e-6, "clip": 0.1}}, ["rl"], None),
@@ -127,6 +127,7 @@ def test_fresh_of_the_whole_run_starts_over(tmp_path: Path) -> None:
         (ALL, {"eval": {"samples": 16}}, ["eval"], None),
         (ALL, {"eval": {"temperature": 1.0}}, ["eval"], "the eval stage is finished"),
         (ALL, {"reward": {"deadline": 1.0}}, ["reward"], "the rl stage is finished"),
+        (ALL, {"reward": {"workers": 4}}, ["reward"], None),
     ],
 )
 def test_a_changed_recipe(tmp_path: Path, done: tuple, change: dict, named: list, refusal: str | None) -> None:
@@ -155,6 +156,66 @@ def test_a_change_restarts_the_unfinished_stage_that_reads_it(tmp_path: Path) ->
     new = recipe(rl={"save_every": 3, "lr": 2e-6})
     open_run(run.folder, new, ("rl",), Opening(resume=True, change=["rl.lr"]))
     assert run.last_checkpoint("rl") is None and not run.metrics("rl") and run.finished("sft")
+
+
+def test_what_a_change_drops_is_said_and_a_new_model_may_be_another_base(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "r", recipe())
+    run.require_same_base("aa")
+    begin(run, "sft", 4)
+    said: list[str] = []
+    new = parse({**recipe().model_dump(exclude_none=True), "model": "other"})
+    how = Opening(resume=True, change=["model"])
+    open_run(run.folder, new, ALL, how, whole=True, say=said.append).require_same_base("bb")
+    assert said == ["sft: what was begun under another model is dropped; the stage begins again"]
+
+
+def test_rl_under_a_new_reward_drops_all_verdicts_under_the_old(tmp_path: Path) -> None:
+    run = finished(tmp_path / "r", *ALL)
+    new = recipe(reward={"deadline": 1.0})
+    open_run(run.folder, new, ("rl",), Opening(fresh=True, change=["reward"]))
+    assert run.finished("sft") and not run.begun("rl") and not run.begun("eval")
+
+
+def test_a_recipe_of_the_users_own_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp" / "recipe.toml").write_text("# my notes")
+    for how in (Opening(), Opening(resume=True), Opening(fresh=True)):
+        with pytest.raises(RecipeError, match="something else than a run"):
+            open_run(tmp_path / "exp", recipe(), ALL, how, whole=True)
+    assert (tmp_path / "exp" / "recipe.toml").read_text() == "# my notes"
+
+
+def test_a_checkpoint_counts_as_something_before_any_number_is_logged(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "r", recipe())
+    checkpoint = run.working("rl") / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    run.complete(checkpoint, "rl")
+    with pytest.raises(RecipeError, match="unfinished run"):
+        open_run(run.folder, recipe(), ALL, Opening(), whole=True)
+
+
+def test_a_kill_in_the_middle_of_a_fresh_start_does_not_stop_the_next(tmp_path: Path) -> None:
+    run = finished(tmp_path / "r", *ALL)
+    left = run.checkpoint("init").with_name(".init.removed")
+    left.mkdir()
+    (left / "config.json").write_text("{}")
+    open_run(run.folder, recipe(), ("sft",), Opening(fresh=True))
+    assert not run.begun("sft") and not left.exists()
+
+
+def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "r", recipe())
+    with run.locked(), pytest.raises(RunError, match="another process"), Run(run.folder, recipe()).locked():
+        pass
+    with run.locked():
+        pass
+
+
+def test_going_on_is_noted_with_versions(tmp_path: Path) -> None:
+    run = finished(tmp_path / "r", "sft")
+    open_run(run.folder, recipe(), ("rl",), Opening())
+    (noted,) = run.read_json("env.json")["resumed"]
+    assert noted["versions"]["trl"] and noted["command"]
 
 
 def test_resume_and_fresh_exclude_each_other() -> None:

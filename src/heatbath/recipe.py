@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import json
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from heatbath.errors import RecipeError
-from heatbath.sections import RL, SFT, AnyData, Eval, Recipe
+from heatbath.sections import RL, SFT, AnyData, Eval, Recipe, contradictions
 
 __all__ = ["RL", "SFT", "Eval", "Recipe", "as_toml", "changes", "copy", "find", "load", "parse", "shipped", "surface"]
 SOURCES = {get_args(cls.model_fields["source"].annotation)[0]: cls for cls in get_args(get_args(AnyData)[0])}
@@ -44,15 +45,17 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 def parse(table: dict[str, Any], where: str = "recipe") -> Recipe:
     """The recipe of an already parsed table. Raises RecipeError listing every mistake at once."""
+    problems = contradictions(table)
+    made = None
     try:
-        return Recipe.model_validate(table)
+        made = Recipe.model_validate(table)
     except ValidationError as error:
-        problems = [_explain(e) for e in error.errors()]
-        if not {"model", "pretrain"} & table.keys() and not any(p.startswith("model:") for p in problems):
-            problems.append("model: required (or a [pretrain] table that makes one)")
+        problems += [_explain(e) for e in error.errors()]
+    if made is None or problems:
         count = f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"
         listed = "".join(f"\n  - {p}" for p in problems)
-        raise RecipeError(f"{count} in the recipe:{listed}", where, "fix the keys named above") from None
+        raise RecipeError(f"{count} in the recipe:{listed}", where, "fix the keys named above")
+    return made
 
 
 def shipped() -> dict[str, Path]:
@@ -103,10 +106,14 @@ def _literal(value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # a JSON string is a TOML string
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k} = {_literal(v)}" for k, v in value.items() if v is not None) + "}"
+        return "{" + ", ".join(f"{_key(k)} = {_literal(v)}" for k, v in value.items() if v is not None) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_literal(v) for v in value) + "]"
     return repr(value)
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _literal(key)
 
 
 def _override(table: dict[str, Any], text: str) -> None:
@@ -117,7 +124,7 @@ def _override(table: dict[str, Any], text: str) -> None:
     try:
         parsed = tomllib.loads(f"v = {value}")["v"]
     except tomllib.TOMLDecodeError:
-        parsed = value
+        parsed = {"True": True, "False": False}.get(value, value)
     if path and path[-1] == "objective" and last == "name":
         path, last, parsed = path[:-1], "objective", {"name": parsed}
     for part in path:
@@ -160,8 +167,6 @@ def _explain(error: Any) -> str:
         return f"{key}.source: required, one of {', '.join(SOURCES)}"
     message = error["msg"].removeprefix("Value error, ")
     got = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
-    if not key and ": " in message.partition(" (")[0]:
-        return message
     return f"{key or 'recipe'}: {message[0].lower() + message[1:]}{got}"
 
 

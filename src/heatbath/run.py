@@ -6,6 +6,7 @@ Every stage goes on from it: a finished one is kept, an unfinished one continues
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from heatbath import recipe as recipes
 from heatbath.errors import RecipeError, RunError
@@ -46,17 +49,37 @@ class Run:
     @classmethod
     def read(cls, folder: Path) -> Run:
         """An existing run, with the recipe it was made by."""
-        if not (folder / "recipe.toml").is_file():
-            raise RecipeError("not a run: it holds no recipe.toml", str(folder), "give the folder that --out named")
+        if not is_run(folder):
+            raise RecipeError("not a run: it holds no env.json", str(folder), "give the folder that --out named")
         return cls(folder, recipes.load(folder / "recipe.toml"))
 
     def write(self) -> Run:
         """Writes recipe.toml and env.json; returns the run."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "base.json").unlink(missing_ok=True)
+        # First what marks the folder as ours: a recipe.toml alone is somebody's own.
+        self.write_json("env.json", environment(self.recipe.precision))
         self.write_recipe()
-        write_atomically(self.folder / "env.json", json.dumps(environment(self.recipe.precision), indent=1) + "\n")
         return self
+
+    def note_resumed(self) -> None:
+        """Adds to env.json when, by which command and with which versions the run was gone on with."""
+        env = self.read_json("env.json")
+        now = environment(self.recipe.precision)
+        env["resumed"] = [*env.get("resumed", []), {k: now[k] for k in ("started", "command", "versions", "device")}]
+        self.write_json("env.json", env)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else may work on the folder meanwhile. Raises RunError when somebody does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                yield
+        except Timeout:
+            raise RunError(
+                "another process is working on this run", str(self.folder), "wait for it, or choose another --out"
+            ) from None
 
     def write_recipe(self) -> None:
         write_atomically(self.folder / "recipe.toml", recipes.as_toml(self.recipe))
@@ -75,9 +98,8 @@ class Run:
             return self.recipe.model
         folder = self.checkpoint(policy)
         if not folder.is_dir():
-            raise RunError(
-                f"the run has no '{policy}' policy yet", str(folder), f"run the {stage_of(policy)} stage first"
-            )
+            command = "heatbath run" if policy == "base" else f"heatbath {stage_of(policy)}"
+            raise RunError(f"the run has no '{policy}' policy yet", str(folder), f"{command} makes it")
         return str(folder)
 
     def template_of(self, policy: str) -> str | None:
@@ -99,6 +121,10 @@ class Run:
                 shutil.rmtree(path, ignore_errors=True)
         return max(found)[1] if found else None
 
+    def complete(self, checkpoint: Path, stage: str) -> None:
+        """Marks a checkpoint whose every file is on the disk, with the number of rows the stage had logged by then."""
+        write_atomically(checkpoint / COMPLETE, str(len(self.metrics(stage))))
+
     def finished(self, stage: str) -> bool:
         """Whether a stage has left its policy, or the evaluation its results."""
         if stage == "eval":
@@ -119,22 +145,23 @@ class Run:
         if stage == "eval":
             (self.folder / "samples.jsonl").unlink(missing_ok=True)
             return
-        policy = CHECKPOINTS[stage]
-        self._keep_rows("samples.jsonl", lambda row: row["policy"] != policy)
+        policy = self.checkpoint(CHECKPOINTS[stage])
+        doomed = policy.with_name(f".{policy.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        if policy.exists():  # away in one step, and first: a kill leaves neither half a policy nor one without its log
+            policy.rename(doomed)
+        self._keep_rows("samples.jsonl", lambda row: row["policy"] != policy.name)
         self._keep_rows("metrics.jsonl", lambda row: row["stage"] != stage)
         if stage == "sft":
             (self.folder / "surprise.json").unlink(missing_ok=True)
         shutil.rmtree(self.working(stage), ignore_errors=True)
-        if self.checkpoint(policy).exists():  # away in one step: a kill leaves no half of a policy under its name
-            doomed = self.checkpoint(policy).with_name(f".{policy}.removed")
-            self.checkpoint(policy).rename(doomed)
-            shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def forget_everything(self) -> None:
         """Removes everything that the run has written, and nothing else that lies in its folder."""
-        for stage in STAGES:
+        for stage in reversed(STAGES):
             self.forget(stage)
-        for name in ("recipe.toml", "env.json", "base.json", "changes.jsonl", "metrics.jsonl"):
+        for name in ("base.json", "data.json", "changes.jsonl", "metrics.jsonl", "recipe.toml", "env.json"):
             (self.folder / name).unlink(missing_ok=True)
 
     @contextmanager
@@ -154,11 +181,15 @@ class Run:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         last = self.last_checkpoint(stage)
-        kept = -1 if last is None else int(last.name.rpartition("-")[2])
-        self._keep_rows("metrics.jsonl", lambda row: row["stage"] != stage or row["step"] <= kept)
+        kept = itertools.count(0 if last is None else -int((last / COMPLETE).read_text()))
+        self._keep_rows("metrics.jsonl", lambda row: row["stage"] != stage or next(kept) < 0)
         yield unfinished
         unfinished.rename(final)
         shutil.rmtree(self.working(stage), ignore_errors=True)
+
+    def forget_base(self) -> None:
+        """The base may be another model from now on."""
+        (self.folder / "base.json").unlink(missing_ok=True)
 
     def require_same_base(self, fingerprint: str) -> None:
         """Raises RunError when the base is not the model this run began with: a folder's content may have changed, and
@@ -213,14 +244,20 @@ def stage_of(policy: str) -> str:
     return next(stage for stage, made in CHECKPOINTS.items() if made == policy)
 
 
+def is_run(folder: Path) -> bool:
+    """Whether the folder is a run's: a recipe.toml alone may be a user's own."""
+    return (folder / "recipe.toml").is_file() and (folder / "env.json").is_file()
+
+
 def holds_nothing(folder: Path) -> bool:
     """Whether the folder is empty, or holds only what a run writes before its first number."""
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    return names <= {"recipe.toml", "env.json", "base.json", "checkpoints"} and not any(
-        folder.glob("checkpoints/[!.]*")
-    )
+    if "recipe.toml" in names and "env.json" not in names:
+        return False
+    begun = any(folder.glob("checkpoints/[!.]*")) or any(folder.glob("checkpoints/.*/checkpoint-*"))
+    return names <= {"recipe.toml", "env.json", "base.json", "data.json", "checkpoints"} and not begun
 
 
 def environment(precision: str) -> dict[str, Any]:

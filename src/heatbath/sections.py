@@ -42,10 +42,6 @@ class Data(Section):
     def whole_paths(cls, value: list[Path]) -> list[Path]:
         return [_whole(path) for path in value]
 
-    def has(self, split: str) -> bool:
-        """Whether the recipe asks for any row of that split."""
-        return bool(getattr(self, split))
-
 
 class ArithmeticData(Data):
     """The built-in task: sums with worked solutions (`data/arithmetic.py`)."""
@@ -104,7 +100,8 @@ class Fields(Section):
 
 class TableData(Data):
     """Rows from tables. A split is read from its own table (`demos_from`, …; its size, where given, takes the first
-    rows), else drawn from `pool` by content hash, disjoint from the others."""
+    rows), else drawn from `pool` by content hash, disjoint from the others. `test_fields` are those of `test_from`
+    where they differ."""
 
     demos: Count | None = None
     validation: Count | None = None
@@ -116,10 +113,7 @@ class TableData(Data):
     prompts_from: str | None = None
     test_from: str | None = None
     fields: Fields = Fields()
-
-    def has(self, split: str) -> bool:
-        own = getattr(self, f"{split}_from") is not None
-        return getattr(self, split) != 0 if own else bool(getattr(self, split))
+    test_fields: Fields | None = None
 
     @model_validator(mode="after")
     def pool_where_needed(self) -> Self:
@@ -156,7 +150,8 @@ class DeepMathData(TableData):
     """DeepMath-103K (arXiv 2504.11456; MIT) in the first paper's three disjoint random subsets.
 
     `r1_solution` is which of the three DeepSeek-R1 solutions is learned; the paper does not say which it used. The
-    system message is the one DeepMath's authors prepare their rows with, in our words. `pool` is a local copy.
+    system message is the one DeepMath's authors prepare their rows with, in our words. `pool` is a local copy, a file
+    or a folder; `fields` are those of the other tables.
     """
 
     source: Literal["deepmath"]
@@ -167,6 +162,11 @@ class DeepMathData(TableData):
     prompts: Count | None = 10_000
     r1_solution: Literal[1, 2, 3] = 1
     system: str | None = "Please reason step by step, and put your final answer within \\boxed{}."
+
+    @field_validator("pool")
+    @classmethod
+    def whole_path(cls, value: str | None) -> str | None:
+        return value if value is None or value == "train" else str(_whole(Path(value)))
 
     @model_validator(mode="after")
     def pool_where_needed(self) -> Self:
@@ -356,21 +356,22 @@ class Recipe(Section):
     eval: Eval = Eval()
     reward: Reward = Reward()
 
-    @model_validator(mode="after")
-    def one_base(self) -> Self:
-        if self.model is None and self.pretrain is None:
-            raise ValueError("model: required (or a [pretrain] table that makes one)")
-        if self.model is not None and self.pretrain is not None:
-            raise ValueError("[pretrain] makes the base from nothing; leave out model, or [pretrain]")
-        return self
 
-    @model_validator(mode="after")
-    def data_for_every_stage(self) -> Self:
-        if isinstance(self.data, TableData):
-            for stage, split in (("pretrain", "demos"), ("sft", "demos"), ("rl", "prompts")):
-                if getattr(self, stage) is not None and not self.data.has(split):
-                    raise ValueError(f"the {stage} stage reads data.{split}, and the recipe gives it no row")
-        return self
+def contradictions(table: dict[str, Any]) -> list[str]:
+    """What no single table of a recipe can know, read from the raw tables so that it is told beside other mistakes."""
+    found = []
+    table = {key: value for key, value in table.items() if value is not None}
+    if not {"model", "pretrain"} & table.keys():
+        found.append("model: required (or a [pretrain] table that makes one)")
+    if {"model", "pretrain"} <= table.keys():
+        found.append("model: [pretrain] makes the base from nothing; leave out model, or [pretrain]")
+    data = table.get("data")
+    if isinstance(data, dict) and data.get("source") in ("files", "hub"):
+        for stage, split in (("pretrain", "demos"), ("sft", "demos"), ("rl", "prompts")):
+            given = data.get(split) != 0 if data.get(f"{split}_from") else bool(data.get(split))
+            if stage in table and not given:
+                found.append(f"data: the {stage} stage reads data.{split}, and the recipe gives it no row")
+    return found
 
 
 def _whole(path: Path) -> Path:

@@ -48,10 +48,10 @@ def test_two_bos_in_a_prompt_are_refused_and_one_is_not() -> None:
     tokenizer.bos_token = "<|system|>"
     asked = recipe()
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-    checks.require_one_bos_in_prompts(tokenizer, [Row("q")], asked)
+    checks.require_askable(tokenizer, [Row("q")], asked, "test")
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     with pytest.raises(DataError, match="begins with BOS"):
-        checks.require_one_bos_in_prompts(tokenizer, [Row("q", origin="row 7")], asked)
+        checks.require_askable(tokenizer, [Row("q", origin="row 7")], asked, "test")
 
 
 def test_a_padded_vocabulary_is_fine_and_a_short_one_is_not() -> None:
@@ -76,6 +76,7 @@ def test_golds_of_every_kind_are_read_and_an_unreadable_one_is_named() -> None:
     rows = [Row(f"q{i}", answer=gold) for i, gold in enumerate(golds)]
     with MathGrader(workers=1) as grader:
         checks.require_gold(grader, rows, "test")
-        with pytest.raises(DataError, match="1 of 8 gold answers cannot be graded") as caught:
-            checks.require_gold(grader, [*rows, Row("why?", answer="", origin="t.jsonl, row 8")], "test")
-    assert "t.jsonl, row 8" in caught.value.where
+        for bad in ("", "nan", "None", "n/a", "???", "\\frac{1", "x" * 501):
+            with pytest.raises(DataError, match="1 of 8 gold answers cannot be graded") as caught:
+                checks.require_gold(grader, [*rows, Row("why?", answer=bad, origin="t.jsonl, row 8")], "test")
+            assert "t.jsonl, row 8" in caught.value.where

@@ -61,11 +61,13 @@ def test_missing_template_and_missing_solution_are_named() -> None:
         render(tokenizer, ROW)
 
 
-def test_a_template_without_eos_gets_one() -> None:
+@pytest.mark.parametrize("closing", [" ", "<|system|>\n", ""])
+def test_a_template_that_closes_a_turn_without_eos_teaches_eos_in_its_place(closing: str) -> None:
+    """Qwen's base models: the template writes <|im_end|>, the tokenizer's EOS is <|endoftext|>."""
     tokenizer = small_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}" + closing + "{% endfor %}"
     row = render(tokenizer, ROW)
-    assert row.labels[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode([label for label in row.labels if label != IGNORE]) == ROW.solution + tokenizer.eos_token
 
 
 def with_bos() -> object:

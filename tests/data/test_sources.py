@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from heatbath.data import sources
+from heatbath.data.contamination import without_shared_ngrams
 from heatbath.data.rows import Row, split_by_content
 from heatbath.data.tables import read_file
 from heatbath.errors import DataError, RecipeError
@@ -245,7 +246,7 @@ def test_decontamination_removes_rows_that_share_words_and_says_which(tmp_path: 
     exam = write(tmp_path / "exam.jsonl", {"problem": f"{COPIED}. How many are left?"}, {"problem": "What is 2 + 2?"})
     rows = [
         {"question": f"Yesterday: {COPIED.upper()}!! Count the sheep.", "solution": "9", "answer": "9"},
-        {"question": "what is 2+2", "solution": "4", "answer": "4"},
+        {"question": "what is 2+2?!", "solution": "4", "answer": "4"},
         {"question": "What is 2 + 2 times the number of sheep?", "solution": "8", "answer": "8"},
         *made(5),
     ]
@@ -254,8 +255,31 @@ def test_decontamination_removes_rows_that_share_words_and_says_which(tmp_path: 
     assert [r.question for r in found.demos] == [r["question"] for r in rows[2:]]
     assert len(found.prompts) == 6
     assert "2 of 8 rows of demos share 13 words" in found.notes[0] and "exam.jsonl, row 1" in found.notes[0]
+    assert len(found.removed) == 2 and "row 2" in found.removed[1]
     assert "0 of 6 rows of prompts" in found.notes[1]
     assert len(load(**table).demos) == 8
+
+
+def test_decontamination_tells_plus_from_minus_reads_every_turn_and_scripts_without_spaces() -> None:
+    problems = [
+        ("What is 31 - 21?", "exam"),
+        (COPIED, "exam"),
+        ("小明有十七只羊除了九只以外都在夜里跑到山上去了", "exam"),
+    ]
+    rows = [
+        Row("What is 31 + 21?"),
+        Row("And now?", history=(("user", COPIED), ("assistant", "9"))),
+        Row("昨天小明有十七只羊除了九只以外都在夜里跑到山上去了还剩几只"),
+    ]
+    kept, removed = without_shared_ngrams(rows, problems, 13)
+    assert kept == rows[:1] and len(removed) == 2
+
+
+def test_a_pool_is_decontaminated_before_it_is_drawn_from(tmp_path: Path) -> None:
+    exam = write(tmp_path / "exam.jsonl", {"problem": "q3"}, {"problem": "q4"})
+    write(tmp_path / "p.jsonl", *made(12))
+    found = load(source="files", folder=str(tmp_path), pool="p.jsonl", demos=10, decontaminate=[str(exam)])
+    assert len(found.demos) == 10 and not {"q3", "q4"} & {r.question for r in found.demos}
 
 
 @pytest.mark.parametrize(
@@ -279,9 +303,61 @@ def test_wrong_rows_are_named(tmp_path: Path, rows: list, message: str, where: s
 
 def test_a_csv_row_of_another_width_is_named(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("question,answer\na,1\nb,2,3\n")
-    with pytest.raises(DataError, match="2 fields of the header") as caught:
+    with pytest.raises(DataError, match="the row has 3 fields, the header 2") as caught:
         load(source="files", folder=str(tmp_path), test_from="d.csv")
     assert "row 2" in caught.value.where
+
+
+def test_csv_as_pandas_writes_it_with_long_fields(tmp_path: Path) -> None:
+    long = "x" * 200_000
+    (tmp_path / "d.csv").write_text(f",question,answer\n0,a,1\n1,{long},2\n")
+    found = load(source="files", folder=str(tmp_path), test_from="d.csv").test
+    assert [(len(r.question), r.answer) for r in found] == [(1, "1"), (200_000, "2")]
+    (tmp_path / "d.csv").write_text("question,question,answer\na,b,1\n")
+    with pytest.raises(DataError, match="two columns have the same name"):
+        load(source="files", folder=str(tmp_path), test_from="d.csv")
+
+
+def test_a_number_that_is_missing_is_no_answer(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"question": ["a", "b"], "answer": [1.5, float("nan")]}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="'answer' is empty in the row") as caught:
+        load(source="files", folder=str(tmp_path), test_from="t.parquet")
+    assert "row 2" in caught.value.where
+
+
+def test_a_folder_of_shards_is_one_table_and_test_may_have_fields_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for part in range(3):
+        pq.write_table(pa.Table.from_pylist(made(30)[10 * part : 10 * part + 10]), tmp_path / "set" / f"{part}.parquet")
+    write(tmp_path / "aime.jsonl", {"problem": "p", "solution": "7"})
+    table = {"source": "files", "folder": str(tmp_path), "pool": "set", "demos": 20, "prompts": 10}
+    found = load(**table, test_from="aime.jsonl", test_fields={"question": "problem", "answer": "solution"})
+    assert len({r.problem for r in found.demos + found.prompts}) == 30
+    assert (found.test[0].question, found.test[0].answer) == ("p", "7")
+
+
+def test_rows_that_contradict_the_answer_of_their_problem_are_left_out_and_counted(tmp_path: Path) -> None:
+    write(tmp_path / "p.jsonl", *made(10), {"question": "Q3", "solution": "other", "answer": "99"})
+    found = load(source="files", folder=str(tmp_path), pool="p.jsonl", demos=10, paths=2)
+    assert len(found.demos) == 10 and "1 rows contradict" in found.notes[1]
+
+
+def test_a_family_without_a_single_answer_is_refused() -> None:
+    with pytest.raises(RecipeError, match="no single answer"):
+        load(source="reasoning_gym", family="graph_color", prompts=5)
+
+
+def test_the_same_question_under_another_system_message_is_the_same_problem(tmp_path: Path) -> None:
+    def chat(system: str | None) -> dict:
+        head = [{"role": "system", "content": system}] if system else []
+        return {
+            "m": [*head, {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}],
+            "answer": "2",
+        }
+
+    table = files(tmp_path, demos=[chat("Be brief.")], test=[chat(None)])
+    with pytest.raises(DataError, match=r"also stand in data\.demos"):
+        load(**table, fields={"messages": "m"})
 
 
 def test_missing_binary_and_unknown_files_are_named(tmp_path: Path) -> None:

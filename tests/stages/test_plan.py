@@ -11,12 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from heatbath import recipe as recipes
 from heatbath.data import sources
-from heatbath.errors import DataError
+from heatbath.errors import DataError, RecipeError
+from heatbath.opening import Opening
 from heatbath.recipe import Recipe, parse
 from heatbath.stages import memory
-from heatbath.stages.plan import plan, show
+from heatbath.stages.plan import folder_line, plan, show
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+ALL = ("sft", "rl", "eval")
 GSM8K = {
     "source": "files",
     "folder": str(FIXTURES),
@@ -29,6 +31,17 @@ GSM8K = {
 }
 
 
+@pytest.fixture(autouse=True)
+def ascii_copy(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The small tokenizer knows ASCII alone; a few of the problems hold other quotation marks."""
+    folder = tmp_path_factory.mktemp("ascii")
+    text = (FIXTURES / "gsm8k.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    ascii_lines = [{k: v.encode("ascii", "ignore").decode() for k, v in row.items()} for row in lines]
+    (folder / "gsm8k.jsonl").write_text("\n".join(map(json.dumps, ascii_lines)))
+    GSM8K["folder"] = str(folder)
+
+
 def recipe(base: Path, data: dict | None = None, **sft: object) -> Recipe:
     rl = {"prompts": 4, "update_prompts": 2, "group_size": 2, "micro_batch": 4, "max_new_tokens": 8}
     return parse({"model": str(base), "data": data or GSM8K, "sft": {"batch": 4, "micro_batch": 4, **sft}, "rl": rl})
@@ -36,7 +49,7 @@ def recipe(base: Path, data: dict | None = None, **sft: object) -> Recipe:
 
 def test_real_problems_pass_every_check_and_are_counted(small_base: Path) -> None:
     made = recipe(small_base, epochs=3)
-    found = plan(made, ["run", "r.toml"])
+    found = plan(made, ALL, ["run", "r.toml"])
     demos = sources.load(made.data, made.seed).demos
     assert found["rows"] == {"demos": 20, "validation": 5, "prompts": 15, "test": 10}
     # one token per character of the solution, and EOS
@@ -44,9 +57,21 @@ def test_real_problems_pass_every_check_and_are_counted(small_base: Path) -> Non
     assert found["sft"]["steps"] == 15 and found["sft"]["truncated"] == 0 and found["sft"]["ends_with_eos"] == 20
     assert found["rl"]["steps"] == 6 and found["rl"]["completions"] == 24
     text = show(found)
-    for part in ("20 demos", "15 steps of sft", "0 of 20 truncated (0.0%)", "checks    passed", "-m heatbath run r.toml"):
+    for part in (
+        "20 demos",
+        "15 steps of sft",
+        "0 of 20 truncated (0.0%)",
+        "checks    passed",
+        "-m heatbath run r.toml",
+    ):
         assert part in text
     assert json.loads(json.dumps(found)) == found
+
+
+def test_a_real_row_with_characters_unknown_to_the_tokenizer_is_named(small_base: Path) -> None:
+    with pytest.raises(DataError, match="1 of 20 rows hold characters that the tokenizer does not know") as caught:
+        plan(recipe(small_base, GSM8K | {"folder": str(FIXTURES)}), ALL, [])
+    assert "gsm8k.jsonl, row 29" in caught.value.where
 
 
 def test_the_cut_rate_of_deepmath_is_told(small_base: Path, tmp_path: Path) -> None:
@@ -63,12 +88,12 @@ def test_the_cut_rate_of_deepmath_is_told(small_base: Path, tmp_path: Path) -> N
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "deepmath.parquet")
     exam = tmp_path / "exam.parquet"
-    pq.write_table(pa.Table.from_pylist([{"question": "Exam?", "final_answer": "1"}]), exam)
+    pq.write_table(pa.Table.from_pylist([{"question": "Exam?", "answer": "1"}]), exam)
     sizes = {"demos": 80, "prompts": 80, "validation": 40}
     data = {"source": "deepmath", "pool": str(tmp_path / "deepmath.parquet"), "test_from": str(exam), **sizes}
-    with pytest.raises(DataError, match="longer than sft.max_length = 200"):
-        plan(recipe(small_base, data, max_length=200), [])
-    found = plan(recipe(small_base, data, max_length=200, truncate=True), [])
+    with pytest.raises(DataError, match=r"longer than sft\.max_length = 200"):
+        plan(recipe(small_base, data, max_length=200), ALL, [])
+    found = plan(recipe(small_base, data, max_length=200, truncate=True), ALL, [])
     cut = sum(int(r.question[5:-1]) % 4 == 0 for r in sources.load(parse({"model": "m", "data": data}).data, 0).demos)
     assert found["sft"]["truncated"] == cut > 5 and found["sft"]["ends_with_eos"] == 80 - cut
 
@@ -76,8 +101,37 @@ def test_the_cut_rate_of_deepmath_is_told(small_base: Path, tmp_path: Path) -> N
 def test_nothing_is_written_and_the_tiny_base_is_not_made(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HEATBATH_CACHE", str(tmp_path / "cache"))
-    found = plan(recipes.load("smoke"), ["run", "smoke"])
+    found = plan(recipes.load("smoke"), ALL, ["run", "smoke"])
     assert found["memory"]["sft"]["weights"] > 0 and not list(tmp_path.iterdir())
+
+
+def test_one_stage_is_planned_alone(small_base: Path) -> None:
+    data = {k: v for k, v in GSM8K.items() if k != "test"}
+    found = plan(recipe(small_base, data), ("sft",), [])
+    assert "sft" in found and "rl" not in found and "eval" not in found and list(found["memory"]) == ["sft"]
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"sft": {"trainer": {"optim": "nonsense"}}}, "TRL refuses the settings"),
+        ({"lora": {"targets": ["q_prj"]}}, "the adapters do not fit the model"),
+        ({"lora": {"targets": ["lm_head"]}}, "an adapter on the output head"),
+    ],
+)
+def test_what_trl_and_peft_would_refuse_later_is_said_now(small_base: Path, tables: dict, message: str) -> None:
+    made = recipe(small_base).model_dump(exclude_none=True)
+    made["sft"] |= tables.pop("sft", {})
+    with pytest.raises(RecipeError, match=message):
+        plan(parse(made | tables), ALL, [])
+
+
+def test_the_folder_of_the_real_command_is_looked_at(small_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    made = recipe(small_base)
+    assert "something else than a run" in folder_line(tmp_path / "mine", made, ALL, Opening(), True)
+    assert folder_line(tmp_path / "new", made, ALL, Opening(), True) == str(tmp_path / "new")
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])

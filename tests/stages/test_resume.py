@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 
 from heatbath.opening import Opening, open_run
 from heatbath.progress import Progress
-from heatbath.recipe import load
-from heatbath.run import COMPLETE
+from heatbath.recipe import Recipe, load, parse
+from heatbath.run import CHECKPOINTS, COMPLETE, Run
+from heatbath.sections import Lora
 from heatbath.stages.evaluate import rescore, run_evaluation
+from heatbath.stages.rl import run_rl
+from heatbath.stages.sft import run_sft
 
 RECIPE = """
 model = "tiny"
@@ -118,12 +121,12 @@ def whole(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_killed_in_sft_and_in_rl_the_run_ends_where_the_uninterrupted_one_does(whole: Path) -> None:
     arguments = ("run", "small.toml", "--out", "killed")
-    step = kill_at(whole, "sft", 7, *arguments)
-    assert 4 <= step < 24 and not (whole / "killed" / "checkpoints" / "init").exists()
+    step = kill_at(whole, "sft", 13, *arguments)
+    assert 12 <= step < 24 and not (whole / "killed" / "checkpoints" / "init").exists()
     refused = start(whole, *arguments)
     assert "--resume to go on with it" in refused.communicate(timeout=120)[0] and refused.returncode == 2
-    step = kill_at(whole, "rl", 7, *arguments, "--resume")
-    assert 4 <= step < 20 and step % 2 == 0, "RL is resumed only where a generation ends"
+    step = kill_at(whole, "rl", 13, *arguments, "--resume")  # in the second epoch
+    assert 12 <= step < 20 and step % 2 == 0, "RL is resumed only where a generation ends"
     assert_same_weights(weights(whole / "killed", "init"), weights(whole / "whole", "init"))
     said = run(whole, *arguments, "--resume")
     assert "sft: finished before, kept" in said
@@ -156,3 +159,114 @@ def test_more_samples_are_added_and_all_can_be_scored_again(whole: Path) -> None
 
 def samples(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+class Died(BaseException):
+    """Stands for a kill at one point; nothing of the library catches it."""
+
+
+def small(base: Path, **changes: dict) -> Recipe:
+    """6 SFT steps and 4 RL steps an epoch, 3 epochs each; a checkpoint at every second step."""
+    tables = {
+        "data": {"source": "arithmetic", "demos": 24, "validation": 4, "prompts": 8, "test": 2},
+        "sft": {
+            "objective": {"name": "gift", "beta": 4.0},
+            "lr": 3e-3,
+            "epochs": 3,
+            "batch": 4,
+            "micro_batch": 4,
+            "save_every": 2,
+            "log_every": 4,
+        },
+        "rl": {
+            "lr": 1e-2,
+            "epochs": 3,
+            "prompts": 4,
+            "update_prompts": 2,
+            "group_size": 2,
+            "micro_batch": 4,
+            "max_new_tokens": 6,
+            "save_every": 2,
+            "kl_every": 3,
+        },
+    }
+    for table, change in changes.items():
+        tables[table] = tables.get(table, {}) | change
+    return parse({"model": str(base), "precision": "fp32", **tables})
+
+
+def lengths(completions: list, **_: object) -> list[float]:
+    """A reward that the small model does not always fail: any two completions differ in it."""
+    return [float(sum(map(ord, completion[0]["content"])) % 7) for completion in completions]
+
+
+def carried_out(folder: Path, recipe: Recipe, stage: str) -> tuple[dict, list]:
+    run = Run(folder, recipe)
+    (run_sft if stage == "sft" else run_rl)(run, recipe, Progress(quiet=True))
+    return weights(folder, CHECKPOINTS[stage]), untimed(folder, stage)
+
+
+DROPOUT = {"rank": 4, "dropout": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "where", "lora"),
+    [
+        ("sft", 8, "log", None),
+        ("sft", 18, "complete", None),  # the last step, not evaluated, the policy not saved
+        ("sft", 6, "complete", DROPOUT),  # an epoch's end, saved and not evaluated
+        ("sft", 6, "log", DROPOUT),  # ... and evaluated
+        ("rl", 4, "complete", None),  # an epoch's end
+        ("rl", 5, "log", DROPOUT),
+        ("rl", 6, "complete", None),  # in the second epoch
+        ("rl", 12, "complete", None),
+    ],
+)
+def test_resumed_anywhere_it_is_the_same_run(
+    small_base: Path, tmp_path: Path, monkeypatch, stage: str, step: int, where: str, lora: dict | None
+) -> None:
+    """Weights and log, with dropout and validation drawing from the random states in between."""
+    monkeypatch.setattr("heatbath.stages.rl.verdict_reward", lambda grader: lengths)
+    recipe = small(small_base) if stage == "sft" else small(small_base).model_copy(update={"sft": None})
+    recipe = recipe.model_copy(update={"lora": None if lora is None else Lora(**lora)})
+    Run.create(tmp_path / "whole", recipe)
+    expected = carried_out(tmp_path / "whole", recipe, stage)
+    original = getattr(Run, where)
+
+    def dying(self: Run, *arguments: object) -> None:
+        original(self, *arguments)
+        at = arguments[1] if where == "log" else int(arguments[0].name.rpartition("-")[2])
+        if at == step:
+            raise Died
+
+    Run.create(tmp_path / "cut", recipe)
+    with monkeypatch.context() as patch, pytest.raises(Died):
+        patch.setattr(Run, where, dying)
+        carried_out(tmp_path / "cut", recipe, stage)
+    assert not Run(tmp_path / "cut", recipe).finished(stage)
+    found = carried_out(tmp_path / "cut", recipe, stage)
+    assert_same_weights(found[0], expected[0])
+    assert found[1] == expected[1]
+    start = load_file(small_base / "model.safetensors")
+    assert any((found[0][name] != start[name]).any() for name in start), "a stage that changes nothing proves nothing"
+
+
+def test_how_often_to_save_may_change_on_the_way(small_base: Path, tmp_path: Path, monkeypatch) -> None:
+    recipe = small(small_base)
+    run, saved = Run.create(tmp_path / "run", recipe), []
+    original = Run.complete
+
+    def dying(self: Run, checkpoint: Path, stage: str) -> None:
+        original(self, checkpoint, stage)
+        saved.append(int(checkpoint.name.rpartition("-")[2]))
+        if saved[-1] == 4:
+            raise Died
+
+    monkeypatch.setattr(Run, "complete", dying)
+    with pytest.raises(Died):
+        run_sft(run, recipe, Progress(quiet=True))
+    changed = small(small_base, sft={"save_every": 5, "log_every": 1})
+    how = Opening(resume=True, change=["sft.save_every", "sft.log_every"])
+    run_sft(open_run(run.folder, changed, ("sft",), how), changed, Progress(quiet=True))
+    assert saved == [2, 4, 5, 10, 15, 18]
+    assert [row["step"] for row in run.metrics("sft") if "nll" in row] == [4, *range(5, 19)]

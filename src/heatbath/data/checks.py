@@ -17,22 +17,29 @@ if TYPE_CHECKING:
     from heatbath.verify.math import MathGrader
 
 MOST_TRUNCATED = 0.01  # share of rows that may be cut before it is an error
+MOST_UNKNOWN = 0.01
+PRETRAIN_LENGTH = 1024  # tokens; the context of a model that [pretrain] makes
+# What exports write where an answer is missing; a text may be an answer, these are none.
+PLACEHOLDERS = ("nan", "none", "null", "n/a", "na", "inf", "-inf", "tbd", "todo")
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe, split: str) -> list[Rendered]:
     """The demonstrations of a split as the loss sees them. Raises DataError for each of the silent failures: nothing
-    supervised, EOS not supervised or in the middle of a solution, BOS twice, more than 1 % cut without leave."""
-    assert recipe.sft is not None
+    supervised, EOS not supervised or in the middle of a solution, BOS twice, more than 1 % of the rows cut without
+    leave, or with tokens that the tokenizer does not know."""
+    longest = recipe.sft.max_length if recipe.sft is not None else PRETRAIN_LENGTH
     out = []
     for row in rows:
         require_no_end_inside(tokenizer, row)
-        made = rendering.render(tokenizer, row, system=recipe.data.system, max_length=recipe.sft.max_length)
+        made = rendering.render(tokenizer, row, system=recipe.data.system, max_length=longest)
         where = f"data.{split}, {rendering.place(row)}"
-        require_supervised(made, where, recipe.sft.max_length)
+        require_supervised(made, where, longest)
         require_one_bos(made.input_ids, tokenizer.bos_token_id, where)
         require_end_supervised(made, tokenizer.eos_token_id, where)
         out.append(made)
-    require_few_truncated(out, rows, recipe, split)
+    require_known_tokens(tokenizer, [row.input_ids for row in out], rows, split)
+    if recipe.sft is None or not recipe.sft.truncate:
+        require_few_truncated(out, rows, longest, split)
     return out
 
 
@@ -77,17 +84,32 @@ def require_one_bos(ids: Sequence[int], bos: int | None, where: str) -> None:
         )
 
 
-def require_few_truncated(made: Sequence[Rendered], rows: Sequence[Row], recipe: Recipe, split: str) -> None:
+def require_few_truncated(made: Sequence[Rendered], rows: Sequence[Row], longest: int, split: str) -> None:
     """Cut rows teach answers without an end; more than `MOST_TRUNCATED` of them needs `sft.truncate = true`."""
-    assert recipe.sft is not None
     cut = [i for i, row in enumerate(made) if row.truncated]
-    if len(cut) > MOST_TRUNCATED * len(made) and not recipe.sft.truncate:
-        longest = recipe.sft.max_length
+    if len(cut) > MOST_TRUNCATED * len(made):
         raise DataError(
             f"{len(cut):,} of {len(made):,} rows ({len(cut) / len(made):.1%}) are longer than sft.max_length = "
             f"{longest} and would lose their end, the answer and EOS",
             f"data.{split}, first: {rendering.place(rows[cut[0]])}",
             "raise sft.max_length, drop the long rows, or set sft.truncate = true",
+        )
+
+
+def require_known_tokens(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]], rows: Sequence[Row], split: str
+) -> None:
+    """Text that the tokenizer cannot write becomes one and the same unknown token; up to `MOST_UNKNOWN` of rows may."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+        return
+    bad = [row for row, tokens in zip(rows, ids, strict=True) if unknown in tokens]
+    if len(bad) > MOST_UNKNOWN * len(rows):
+        raise DataError(
+            f"{len(bad):,} of {len(rows):,} rows hold characters that the tokenizer does not know "
+            f"({tokenizer.unk_token})",
+            f"data.{split}, first: {rendering.place(bad[0])}",
+            "replace the characters, or take a model whose tokenizer knows them",
         )
 
 
@@ -103,23 +125,30 @@ def require_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
         )
 
 
-def require_one_bos_in_prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe) -> None:
-    """The same check on what RL and evaluation ask."""
-    for row in rows:
-        ids = rendering.prompt_ids(tokenizer, rendering.messages(row, recipe.data.system))
-        require_one_bos(ids, tokenizer.bos_token_id, rendering.place(row))
+def require_askable(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe, split: str) -> None:
+    """The same checks on what RL and evaluation ask: one BOS, known tokens."""
+    ids = [rendering.prompt_ids(tokenizer, rendering.messages(row, recipe.data.system)) for row in rows]
+    for row, tokens in zip(rows, ids, strict=True):
+        require_one_bos(tokens, tokenizer.bos_token_id, f"data.{split}, {rendering.place(row)}")
+    require_known_tokens(tokenizer, ids, rows, split)
 
 
 def require_gold(grader: MathGrader, rows: Sequence[Row], split: str) -> None:
-    """Every gold answer must be readable: graded against itself it has to be right."""
+    """Every gold answer must be one: no placeholder for a missing one, not without letter or digit, and right when it
+    is graded against itself."""
     golds = [str(row.answer) for row in rows]
     verdicts = grader.grade([f"\\boxed{{{gold}}}" for gold in golds], golds)
-    bad = [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if verdict.status != "right"]
+    bad = [
+        (row, verdict.status)
+        for row, gold, verdict in zip(rows, golds, verdicts, strict=True)
+        if verdict.status != "right" or gold.strip().casefold() in PLACEHOLDERS or not any(map(str.isalnum, gold))
+    ]
     if bad:
-        row, verdict = bad[0]
+        row, status = bad[0]
+        why = "not an answer" if status == "right" else f"{status} against itself"
         raise DataError(
-            f"{len(bad):,} of {len(rows):,} gold answers cannot be graded; the first is {str(row.answer)[:80]!r} "
-            f"({verdict.status} against itself)",
+            f"{len(bad):,} of {len(rows):,} gold answers cannot be graded; the first is "
+            f"{str(row.answer)[:80]!r} ({why})",
             f"data.{split}, {rendering.place(row)}",
             "write the final answer alone (42, 3/4, x^2 + 1); data.fields.answer_after cuts it out of a longer text",
         )

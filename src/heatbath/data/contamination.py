@@ -10,6 +10,8 @@ from pathlib import Path
 from heatbath.data.rows import Row
 from heatbath.errors import DataError
 
+_UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+|[-+*/^=<>×÷]")
 QUESTION_FIELDS = ("question", "problem", "prompt", "Question", "Problem", "text")
 
 
@@ -26,8 +28,9 @@ class Contaminated:
 
 
 def words(text: str) -> list[str]:
-    """Words and numbers in lower case; punctuation and markup do not separate two copies of a problem."""
-    return re.findall(r"[^\W_]+", text.casefold())
+    """Words, numbers and operators in lower case; other punctuation and markup do not separate two copies of a problem.
+    Each character of a script written without spaces is a word."""
+    return _WORD.findall(text.casefold())
 
 
 def ngrams(text: str, n: int) -> set[str]:
@@ -50,7 +53,7 @@ def without_shared_ngrams(
             known.setdefault(gram, place)
     kept, removed = [], []
     for row in rows:
-        shared = sorted(ngrams(row.question, n) & known.keys())
+        shared = sorted(ngrams(row.asked, n) & known.keys())
         if shared:
             removed.append(Contaminated(row.origin or row.question[:60], known[shared[0]], shared[0][:80]))
         else:
@@ -58,10 +61,19 @@ def without_shared_ngrams(
     return kept, removed
 
 
+def contamination_note(of: str, rows: int, removed: Sequence[Contaminated], n: int, problems: int) -> str:
+    """The line that a user reads about it."""
+    first = f"; first: {removed[0]}" if removed else ""
+    return (
+        f"decontamination: {len(removed)} of {rows:,} rows of {of} share {n} words in a row with one of {problems:,} "
+        f"problems (or are a shorter one) and were removed{first}"
+    )
+
+
 def read_problems(path: Path) -> list[tuple[str, str]]:
     """(problem, place) of each row of a file of problems; the question is the first field of `QUESTION_FIELDS` that the
     row has. Raises DataError where it has none."""
-    from heatbath.data.tables import read_file
+    from heatbath.data.tables import read_file  # which draws from pools that are decontaminated here
 
     found = []
     for record, where in read_file(path, "data.decontaminate"):

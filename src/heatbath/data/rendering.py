@@ -50,7 +50,8 @@ def render(
 ) -> Rendered:
     """Ids and labels of a demonstration, cut on the right at `max_length` tokens.
 
-    The supervised part is what the template adds after the prompt, up to the first EOS, which is always included;
+    The supervised part is what the template adds after the prompt, up to the first EOS, which is always included: where
+    the template closes the turn without EOS, EOS takes the place of that closing (arXiv 2601.09233's code does so);
     nothing is masked by token id, so a pad token equal to EOS (SmolLM2) cannot hide it. Raises DataError when the
     template renders the prompt differently once the answer follows, because the boundary would then be a guess.
     """
@@ -69,11 +70,23 @@ def render(
     if eos is None:
         raise DataError("the tokenizer has no EOS token", "model", "set tokenizer.eos_token and save it with the model")
     completion = full[len(prompt) :]
-    completion = completion[: completion.index(eos) + 1] if eos in completion else [*completion, eos]
+    if eos in completion:
+        completion = completion[: completion.index(eos) + 1]
+    else:  # a template made for another end token (Qwen's base): the solution ends in the tokenizer's own
+        completion = [*_without_closing(tokenizer, completion), eos]
     ids = prompt + completion
     labels = [IGNORE] * len(prompt) + completion
     cut = max_length is not None and len(ids) > max_length
     return Rendered(ids[:max_length], labels[:max_length], truncated=cut)
+
+
+def _without_closing(tokenizer: PreTrainedTokenizerBase, completion: list[int]) -> list[int]:
+    """The completion without the special tokens and white space with which a template closes a turn."""
+    end = len(completion)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    while end and (completion[end - 1] in special or not tokenizer.decode(completion[end - 1 : end]).strip()):
+        end -= 1
+    return completion[:end]
 
 
 def place(row: Row) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 HELD_OUT = 0.25  # of all problems of a procedural task; they are only ever used for validation and test
 
@@ -32,8 +33,14 @@ class Row:
 
     @property
     def problem(self) -> str:
-        """The problem as it is compared between splits: case and white space do not make another problem of it."""
-        return normalised(" ".join([*(content for _, content in self.history), self.question]))
+        """The problem as it is compared between splits: what the user says, in all turns. Case, white space and a
+        system message do not make another problem of it."""
+        return normalised(self.asked)
+
+    @property
+    def asked(self) -> str:
+        """Every user turn, the question last."""
+        return " ".join([*(content for role, content in self.history if role == "user"), self.question])
 
 
 @dataclass(frozen=True)
@@ -48,10 +55,16 @@ class Splits:
     prompts: list[Row]
     test: list[Row]
     notes: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+
+    def report(self) -> dict[str, Any]:
+        """What a run keeps about its data: sizes, notes, and every row that decontamination removed."""
+        sizes = {name: len(rows) for name, rows in self.named().items()}
+        return {"rows": sizes, "notes": list(self.notes), "removed": list(self.removed)}
 
     def named(self) -> dict[str, list[Row]]:
         """Name → rows, in the order of the fields."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "notes"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("notes", "removed")}
 
 
 def normalised(text: str) -> str:

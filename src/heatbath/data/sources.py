@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from heatbath.data import arithmetic, tables
-from heatbath.data.contamination import Contaminated, read_problems, without_shared_ngrams
+from heatbath.data.contamination import contamination_note, read_problems, without_shared_ngrams
 from heatbath.data.rows import HELD_OUT, Row, Splits, position
 from heatbath.errors import DataError, RecipeError
 from heatbath.sections import AnyData, ArithmeticData, ReasoningGymData
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from heatbath.recipe import Recipe
 
 SIZES = "data.test + data.validation + data.demos + data.prompts"
+FAMILY_SIZE = 100_000  # fixed, because entries of some families depend on it
 EXAM_SEED = 0  # validation and test of a procedural task are the same problems for every seed of a run
 
 
@@ -70,17 +72,15 @@ def _require_disjoint(splits: Splits) -> None:
 
 def _decontaminated(splits: Splits, data: AnyData) -> Splits:
     problems = [p for path in data.decontaminate for p in read_problems(path)]
-    problems += [(row.question, row.origin or "data.test") for row in splits.test]
-    removed: dict[str, list[Contaminated]] = {}
+    problems += [(row.asked, f"data.test, {row.origin}") for row in splits.test]
     kept: dict[str, list[Row]] = {}
+    notes, removed = list(splits.notes), list(splits.removed)
     for split in ("demos", "prompts"):
-        kept[split], removed[split] = without_shared_ngrams(getattr(splits, split), problems, data.ngram)
-    notes = tuple(
-        f"decontamination: {len(found)} of {len(getattr(splits, split))} rows of {split} share {data.ngram} words in a "
-        f"row with one of {len(problems)} problems and were removed" + (f"; first: {found[0]}" if found else "")
-        for split, found in removed.items()
-    )
-    return Splits(kept["demos"], splits.validation, kept["prompts"], splits.test, (*splits.notes, *notes))
+        rows = getattr(splits, split)
+        kept[split], found = without_shared_ngrams(rows, problems, data.ngram)
+        notes.append(contamination_note(split, len(rows), found, data.ngram, len(problems)))
+        removed += map(str, found)
+    return Splits(kept["demos"], splits.validation, kept["prompts"], splits.test, tuple(notes), tuple(removed))
 
 
 def _arithmetic(data: ArithmeticData, seed: int) -> Splits:
@@ -111,7 +111,7 @@ def _reasoning_gym(data: ReasoningGymData, seed: int) -> Splits:
     def draw(count: int, seed: int, held_out: bool) -> list[Row]:
         found: dict[str, Row] = {}
         tried = 0
-        for row in _entries(data, seed, 20 * count + 1000) if count else ():
+        for row in itertools.islice(_entries(data, seed), 20 * count + 1000) if count else ():
             tried += 1
             if (position(row.problem) < HELD_OUT) == held_out:
                 found.setdefault(row.problem, row)
@@ -136,7 +136,7 @@ def _reasoning_gym(data: ReasoningGymData, seed: int) -> Splits:
     )
 
 
-def _entries(data: ReasoningGymData, seed: int, size: int) -> Iterator[Row]:
+def _entries(data: ReasoningGymData, seed: int) -> Iterator[Row]:
     import difflib
 
     import reasoning_gym
@@ -150,11 +150,17 @@ def _entries(data: ReasoningGymData, seed: int, size: int) -> Iterator[Row]:
             f"did you mean {' or '.join(near)}?" if near else f"one of its {len(DATASETS)}, for example chain_sum",
         )
     try:
-        dataset = reasoning_gym.create_dataset(data.family, seed=seed, size=size, **data.options)
+        dataset = reasoning_gym.create_dataset(data.family, seed=seed, size=FAMILY_SIZE, **data.options)
     except (TypeError, ValueError, AssertionError) as error:
         raise RecipeError(
             f"reasoning-gym's '{data.family}' refuses its options: {error}", "data.options", "see that family's config"
         ) from None
     for number, entry in enumerate(dataset, 1):
+        if entry["answer"] is None:
+            raise RecipeError(
+                f"the problems of reasoning-gym's '{data.family}' have no single answer to compare with",
+                "data.family",
+                "take a family whose entries have an answer, for example chain_sum",
+            )
         answer = str(entry["answer"])
         yield Row(entry["question"], answer, answer, origin=f"{data.family} entry {number}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from heatbath.data.contamination import Contaminated, contamination_note, read_problems, without_shared_ngrams
 from heatbath.data.rows import Row, Splits, split_by_content
 from heatbath.errors import DataError
 from heatbath.sections import DeepMathData, Fields, FilesData, HubData
@@ -20,7 +22,6 @@ READERS = (".jsonl", ".json", ".parquet", ".csv")
 
 def load(data: FilesData | HubData | DeepMathData, seed: int) -> Splits:
     """The splits of a recipe whose rows lie in tables. Raises DataError naming table and row."""
-    fields = _fields(data)
     parts: dict[str, list[Row]] = {}
     notes: list[str] = []
     pooled = {}
@@ -30,51 +31,67 @@ def load(data: FilesData | HubData | DeepMathData, seed: int) -> Splits:
             pooled[split] = size or 0
             continue
         records = list(_read(data, own, f"data.{split}_from")) if size != 0 else []
+        fields = data.test_fields if split == "test" and data.test_fields is not None else data.fields
         made = [_rows(record, where, fields, (NEEDS[split],), data.paths) for record, where in records[:size]]
         parts[split] = [row for rows in made for row in (rows if NEEDS[split] == "solution" else rows[:1])]
+    removed: list[Contaminated] = []
     if any(pooled.values()):
-        drawn, note = _from_pool(data, fields, pooled, seed)
+        drawn, note, removed = _from_pool(data, pooled, seed)
         notes += note
         parts |= {split: rows for split, rows in drawn.named().items() if split in pooled}
-    return Splits(**{split: parts.get(split, []) for split in NEEDS}, notes=tuple(notes))
+    return Splits(
+        **{split: parts.get(split, []) for split in NEEDS}, notes=tuple(notes), removed=tuple(map(str, removed))
+    )
 
 
 def _from_pool(
-    data: FilesData | HubData | DeepMathData, fields: Fields, sizes: dict[str, int], seed: int
-) -> tuple[Splits, list[str]]:
+    data: FilesData | HubData | DeepMathData, sizes: dict[str, int], seed: int
+) -> tuple[Splits, list[str], list[Contaminated]]:
+    """Splits of a pool: one row for each of the first `paths` solutions of a problem, contaminated rows left out before
+    anything is drawn, so that the sizes are met."""
     name = data.pool if data.pool is not None else "train"
+    deepmath = isinstance(data, DeepMathData)
+    fields = _deepmath_fields(data) if isinstance(data, DeepMathData) else data.fields
     needs = tuple(sorted({NEEDS[split] for split, size in sizes.items() if size}))
-    rows = [row for record, where in _read(data, name, "data.pool") for row in _rows(record, where, fields, needs, 99)]
-    seen: set[tuple[str, str | None]] = set()
-    solutions: dict[str, int] = {}
-    kept = []
+    first = fields.solution if isinstance(fields.solution, str) else fields.solution[0]
+    read = [(r, w) for r, w in _read(data, name, "data.pool") if not deepmath or _text(r.get(first), first, w)]
+    rows = [row for record, where in read for row in _rows(record, where, fields, needs, 99)]
+    answers: dict[str, str | None] = {}
+    solutions: dict[str, list[str | None]] = {}
+    kept, contradicting = [], 0
     for row in rows:
-        key = (row.problem, row.solution)
-        if key not in seen and solutions.get(row.problem, 0) < data.paths:
-            seen.add(key)
-            solutions[row.problem] = solutions.get(row.problem, 0) + 1
+        known = solutions.setdefault(row.problem, [])
+        if answers.setdefault(row.problem, row.answer) != row.answer:
+            contradicting += 1
+        elif row.solution not in known and len(known) < data.paths:
+            known.append(row.solution)
             kept.append(row)
-    full = dict.fromkeys(NEEDS, 0) | sizes
+    notes = [f"{name}: {len(rows):,} rows, {len(solutions):,} different problems"]
+    if contradicting:
+        notes.append(f"{name}: {contradicting} rows contradict the answer of an earlier row of their problem; left out")
+    removed: list[Contaminated] = []
+    if data.decontaminate:
+        problems = [p for path in data.decontaminate for p in read_problems(path)]
+        kept, removed = without_shared_ngrams(kept, problems, data.ngram)
+        notes.append(contamination_note(name, len(kept) + len(removed), removed, data.ngram, len(problems)))
     try:
-        splits = split_by_content(kept, full, seed)
+        splits = split_by_content(kept, dict.fromkeys(NEEDS, 0) | sizes, seed)
     except ValueError as error:
         raise DataError(str(error), f"{name} (data.pool)", "ask for fewer rows") from None
-    return splits, [f"{name}: {len(rows):,} rows, {len(solutions):,} different problems"]
+    return splits, notes, removed
 
 
-def _fields(data: FilesData | HubData | DeepMathData) -> Fields:
-    if isinstance(data, DeepMathData):
-        first = data.r1_solution
-        order = [first, *(k for k in (1, 2, 3) if k != first)]
-        return Fields(solution=[f"r1_solution_{k}" for k in order], answer="final_answer")
-    return data.fields
+def _deepmath_fields(data: DeepMathData) -> Fields:
+    first = data.r1_solution
+    order = [first, *(k for k in (1, 2, 3) if k != first)]
+    return Fields(solution=[f"r1_solution_{k}" for k in order], answer="final_answer")
 
 
 def _read(data: FilesData | HubData | DeepMathData, name: str, key: str) -> Iterator[Record]:
     if isinstance(data, FilesData):
         return read_file(data.folder / name, key)
-    if isinstance(data, DeepMathData) and Path(name).expanduser().is_file():
-        return read_file(Path(name).expanduser(), key)
+    if isinstance(data, DeepMathData) and Path(name).is_absolute():  # else a split of the hub's
+        return read_file(Path(name), key)
     return _read_hub(data, name, key)
 
 
@@ -95,8 +112,10 @@ def _read_hub(data: HubData | DeepMathData, split: str, key: str) -> Iterator[Re
 
 
 def read_file(path: Path, key: str) -> Iterator[Record]:
-    """The records of a .jsonl, .json (a list), .parquet or .csv file, each with its place. Raises DataError naming file
-    and row (from 1); `key` is the recipe's key that named the file."""
+    """The records of a .jsonl, .json (a list), .parquet or .csv file, or of a folder of them, each with its place.
+    Raises DataError naming file and row (from 1); `key` is the recipe's key that named the file."""
+    if path.is_dir():
+        return _shards(path, key)
     readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -110,6 +129,14 @@ def read_file(path: Path, key: str) -> Iterator[Record]:
     if not records:
         raise DataError("the file holds no rows", f"{path} ({key})", "one problem per row")
     return iter(records)
+
+
+def _shards(folder: Path, key: str) -> Iterator[Record]:
+    """The tables of a folder, in the order of their names."""
+    parts = sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS)
+    if not parts:
+        raise DataError("the folder holds no table", f"{folder} ({key})", f"write it as {', '.join(READERS)}")
+    return (record for part in parts for record in read_file(part, key))
 
 
 def _jsonl(path: Path, key: str) -> Iterator[Record]:
@@ -155,17 +182,24 @@ def _parquet(path: Path, key: str) -> Iterator[Record]:
 
 
 def _csv(path: Path, key: str) -> Iterator[Record]:
+    csv.field_size_limit(2**31 - 1)  # a reasoning trace may be longer than the module's 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, restkey="")
-        for number, record in enumerate(reader, 1):
-            where = f"{path}, row {number} ({key})"
-            if "" in record or None in record.values():
-                raise DataError(
-                    f"the row does not have the {len(reader.fieldnames or ())} fields of the header",
-                    where,
-                    "quote fields that hold a comma or a line break",
-                )
-            yield record, where
+        reader = csv.reader(stream, strict=True)
+        try:
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                raise DataError("two columns have the same name", f"{path}, header ({key})", "rename one of them")
+            for number, values in enumerate((row for row in reader if row), 1):
+                where = f"{path}, row {number} ({key})"
+                if len(values) != len(header):
+                    raise DataError(
+                        f"the row has {len(values)} fields, the header {len(header)}",
+                        where,
+                        "quote fields that hold a comma or a line break",
+                    )
+                yield dict(zip(header, values, strict=True)), where
+        except csv.Error as error:
+            raise DataError(f"not CSV: {error}", f"{path}, line {reader.line_num} ({key})", "write it anew") from None
 
 
 def _rows(record: dict[str, Any], where: str, fields: Fields, need: tuple[str, ...], most: int) -> list[Row]:
@@ -240,6 +274,8 @@ def _texts(record: dict[str, Any], name: str, where: str) -> list[str]:
 def _text(value: Any, name: str, where: str) -> str | None:
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # what a missing number becomes in JSON and Parquet
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise DataError(f"'{name}' is a {type(value).__name__}, not text", where, "write it as a string")
     return str(value)

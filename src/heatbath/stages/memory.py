@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoModelForCausalLM
 
 from heatbath import models
+from heatbath.errors import RecipeError
 from heatbath.recipe import Recipe
+from heatbath.stages.training import lora_config
 
 GIB = 2**30
 CHUNK_ROWS = 1024  # tokens whose logits the engine holds at once
@@ -82,8 +87,6 @@ def _config(recipe: Recipe) -> Any:
 
 
 def _shape(config: Any) -> dict[str, int]:
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
@@ -98,13 +101,29 @@ def _shape(config: Any) -> dict[str, int]:
     }
 
 
+def require_lora_targets(recipe: Recipe) -> None:
+    """Raises RecipeError where the adapters do not fit the model: unknown modules, or the output head."""
+    assert recipe.lora is not None
+    model = _with_adapters(recipe, _config(recipe))
+    if isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer):
+        raise RecipeError(
+            "an adapter on the output head would leave no base to compare with", "lora.targets", "leave lm_head out"
+        )
+
+
 def _lora_parameters(recipe: Recipe, config: Any) -> int:
-    import peft
-    from transformers import AutoModelForCausalLM
-
-    from heatbath.stages.training import lora_config
-
-    with torch.device("meta"):
-        model = peft.get_peft_model(AutoModelForCausalLM.from_config(config), lora_config(recipe.lora))
-    trained: int = model.get_nb_trainable_parameters()[0]
+    trained: int = _with_adapters(recipe, config).get_nb_trainable_parameters()[0]
     return trained
+
+
+def _with_adapters(recipe: Recipe, config: Any) -> peft.PeftModel:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        try:
+            return peft.get_peft_model(model, lora_config(recipe.lora))
+        except ValueError as error:
+            first = str(error).strip().splitlines()[0]
+            raise RecipeError(
+                f"the adapters do not fit the model: {first}", "lora.targets", f"its linear layers: {', '.join(linear)}"
+            ) from None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heatbath.errors import RecipeError
 from heatbath.progress import Progress
 from heatbath.recipe import Recipe
 from heatbath.run import STAGES, Run
@@ -12,8 +14,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from heatbath.data.rows import Splits
-
-PROMPTS_RENDERED = 200  # prompts and problems that are rendered before the start; one template makes all of them
 
 
 def run_all(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
@@ -62,12 +62,15 @@ def stages_of(recipe: Recipe) -> tuple[str, ...]:
 def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTokenizerBase]:
     """Reads data and tokenizer and runs every check, so that what is wrong with them is said before anything is trained
     or written. Returns what it read. Raises RecipeError, DataError or RunError."""
+    from heatbath import models
     from heatbath.data import checks, sources
     from heatbath.verify.math import MathGrader
 
     splits = sources.load(recipe.data, recipe.seed)
     sources.require(splits, recipe, stages)
     tokenizer = tokenizer_of(recipe)
+    if "pretrain" in stages and recipe.sft is None:
+        checks.rendered(tokenizer, splits.demos, recipe, "demos")
     if "sft" in stages:
         for split in ("demos", "validation"):
             checks.rendered(tokenizer, getattr(splits, split), recipe, split)
@@ -75,13 +78,29 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
     with MathGrader(workers=recipe.reward.workers, deadline=recipe.reward.deadline) as grader:
         for split in asked:
             rows = getattr(splits, split)
-            checks.require_one_bos_in_prompts(tokenizer, rows[:PROMPTS_RENDERED], recipe)
+            checks.require_askable(tokenizer, rows, recipe, split)
             checks.require_gold(grader, rows, split)
-    if recipe.model is not None and recipe.model not in ("tiny",):
-        from heatbath import models
-
+    _check_settings(recipe, stages)
+    if recipe.model is not None and recipe.model != models.TINY:
         checks.require_vocabulary(tokenizer, models.load_config(recipe.model))
     return splits, tokenizer
+
+
+def _check_settings(recipe: Recipe, stages: tuple[str, ...]) -> None:
+    """Builds what the trainers will be built from, so that TRL and PEFT say now what they would refuse later."""
+    from heatbath.stages import memory, rl, sft
+
+    folder = Path("runs") / "unwritten"
+    try:
+        if "sft" in stages:
+            sft.training_arguments(recipe, folder, validating=False)
+        if "rl" in stages:
+            rl.training_arguments(recipe, folder)
+    except (ValueError, TypeError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise RecipeError(f"TRL refuses the settings: {first}", "[sft.trainer], [rl.trainer]", "change them") from None
+    if recipe.lora is not None:
+        memory.require_lora_targets(recipe)
 
 
 def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:

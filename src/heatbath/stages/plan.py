@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,15 @@ import numpy as np
 from heatbath.data import checks, rendering
 from heatbath.data.rendering import Rendered
 from heatbath.data.rows import Splits
+from heatbath.errors import HeatbathError
+from heatbath.opening import Opening, open_run
 from heatbath.recipe import Recipe
 from heatbath.stages import memory, pipeline, rl, sft
 
 
-def plan(recipe: Recipe, command: list[str]) -> dict[str, Any]:
-    """What a run would do, after reading its data, rendering its demonstrations and running every check. `command` is
-    the command line without `--dry-run`. Nothing is trained and nothing written."""
-    stages = pipeline.stages_of(recipe)
+def plan(recipe: Recipe, stages: tuple[str, ...], command: list[str]) -> dict[str, Any]:
+    """What these stages would do, after reading the data, rendering the demonstrations and running every check.
+    `command` is the command line without `--dry-run`. Nothing is trained and nothing written."""
     splits, tokenizer = pipeline.check(recipe, stages)
     out: dict[str, Any] = {
         "model": recipe.model or "made by [pretrain]",
@@ -26,9 +28,9 @@ def plan(recipe: Recipe, command: list[str]) -> dict[str, Any]:
         "notes": list(splits.notes),
     }
     longest = 0
-    if recipe.pretrain is not None:
+    if recipe.pretrain is not None and "pretrain" in stages:
         out["pretrain"] = {"steps": sft.total_steps(recipe.pretrain, len(splits.demos))}
-    if recipe.sft is not None:
+    if recipe.sft is not None and "sft" in stages:
         demos = checks.rendered(tokenizer, splits.demos, recipe, "demos")
         longest = max(len(r.input_ids) for r in demos)
         out["sft"] = {
@@ -36,18 +38,29 @@ def plan(recipe: Recipe, command: list[str]) -> dict[str, Any]:
             **_tokens(demos, tokenizer.eos_token_id),
             "steps": sft.total_steps(recipe.sft, len(demos)),
         }
-    if recipe.rl is not None:
+    if "rl" in stages:
         out["rl"] = _rl(recipe, splits)
-    policies = 1 + (recipe.sft is not None) + (recipe.rl is not None)
-    out["eval"] = {
-        "policies": policies,
-        "problems": len(splits.test),
-        "samples": policies * len(splits.test) * recipe.eval.samples,
-    }
+    if "eval" in stages:
+        policies = 1 + (recipe.sft is not None) + (recipe.rl is not None)
+        out["eval"] = {
+            "policies": policies,
+            "problems": len(splits.test),
+            "samples": policies * len(splits.test) * recipe.eval.samples,
+        }
     prompts = [rendering.prompt_ids(tokenizer, rendering.messages(r, recipe.data.system)) for r in splits.prompts]
-    out["memory"] = memory.estimate(recipe, longest, max(map(len, prompts), default=0))
+    estimated = memory.estimate(recipe, longest, max(map(len, prompts), default=0))
+    out["memory"] = {stage: parts for stage, parts in estimated.items() if stage in stages}
     out["command"] = shlex.join(["accelerate", "launch", *memory.launch_options(), "-m", "heatbath", *command])
     return out
+
+
+def folder_line(folder: Path, recipe: Recipe, stages: tuple[str, ...], how: Opening, whole: bool) -> str:
+    """The run's folder, and what the real command would say about it."""
+    try:
+        open_run(folder, recipe, stages, how, whole=whole, dry=True)
+    except HeatbathError as error:
+        return f"{folder}: {error.what}; {error.remedy}"
+    return str(folder)
 
 
 def _tokens(demos: list[Rendered], eos: int) -> dict[str, Any]:
@@ -97,11 +110,13 @@ def show(found: dict[str, Any]) -> str:
             f"rl        {r['steps']:,} steps of '{r['policy']}', {r['completions']:,} completions of at most "
             f"{r['most_completion_tokens']:,} tokens"
         )
-    e = found["eval"]
-    lines.append(f"eval      {e['problems']:,} problems, {e['samples']:,} samples of {e['policies']} policies")
+    if "eval" in found:
+        e = found["eval"]
+        lines.append(f"eval      {e['problems']:,} problems, {e['samples']:,} samples of {e['policies']} policies")
     for stage, parts in found["memory"].items():
         total = sum(parts.values())
         listed = ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items())
         lines.append(f"memory    {stage}: about {total:.1f} GiB on each device ({listed})")
-    lines += ["checks    passed", f"command   {found['command']}"]
+    lines += ["checks    passed", *([f"folder    {found['folder']}"] if "folder" in found else [])]
+    lines.append(f"command   {found['command']}")
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from heatbath import models
 from heatbath import recipe as recipes
-from heatbath.data import characters, rendering, sources
+from heatbath.data import characters, checks, sources
 from heatbath.data.rows import Row
 from heatbath.ideas.objectives import objective
 from heatbath.progress import Progress
@@ -62,17 +62,23 @@ def cached_folder(recipe: Recipe, corpus: list[Row]) -> Path:
         "pretrain": recipe.pretrain.model_dump(mode="json", exclude={"save_every"}),
         "seed": recipe.seed,
         "precision": str(models.autocast_dtype(recipe.precision)),
-        "template": recipe.template or characters.TEMPLATE,
-        "corpus": [(row.question, row.solution) for row in corpus],
+        "template": base_tokenizer(recipe).chat_template,
+        "system": recipe.data.system,
+        "corpus": [(row.history, row.question, row.solution) for row in corpus],
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     return models.cache_folder() / "models" / f"pretrained-{digest}"
 
 
+def tiny_folder() -> Path:
+    """Where the tiny base is kept, made or not."""
+    recipe = recipes.load("base-tiny")
+    return cached_folder(recipe, sources.load(recipe.data, recipe.seed).demos)
+
+
 def tiny_base(progress: Progress | None = None) -> Path:
     """The folder of the tiny base, pretrained now if the cache does not hold it (minutes on 2 CPU cores)."""
-    recipe = recipes.load("base-tiny")
-    cached = cached_folder(recipe, sources.load(recipe.data, recipe.seed).demos)
+    recipe, cached = recipes.load("base-tiny"), tiny_folder()
     if not cached.is_dir():
         progress = progress or Progress()
         progress.say("the tiny base is not in the cache; pretraining it, once (a few minutes on 2 CPU cores)")
@@ -85,7 +91,7 @@ def _pretrain(run: Run, recipe: Recipe, corpus: list[Row], progress: Progress) -
     settings = recipe.pretrain
     assert settings is not None
     tokenizer = base_tokenizer(recipe)
-    rows = [rendering.render(tokenizer, row, system=recipe.data.system) for row in corpus]
+    rows = checks.rendered(tokenizer, corpus, recipe.model_copy(update={"sft": None}), "demos")
     torch.manual_seed(recipe.seed)
     model = LlamaForCausalLM(model_config(recipe))
     progress.say(f"pretraining {model.num_parameters():,} parameters on {sum(len(r.input_ids) for r in rows):,} tokens")
@@ -132,7 +138,7 @@ def model_config(recipe: Recipe) -> LlamaConfig:
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.heads,
-        max_position_embeddings=1024,
+        max_position_embeddings=checks.PRETRAIN_LENGTH,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

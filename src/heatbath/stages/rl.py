@@ -10,6 +10,7 @@ import copy
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -66,7 +67,7 @@ class PolicyTrainer(trl.GRPOTrainer):
         self.policy, self.kl_every = policy, kl_every
         self._token_sums: dict[str, Any] = defaultdict(float)
         self._initial = [] if initial is None else [initial.eval().requires_grad_(False)]
-        self._generations = 0
+        self._generations = self._epochs_done = 0
         for model in self._initial:
             add_fused_lm_head(model, temperature=self.temperature)
         self._adapters = isinstance(self.model, peft.PeftModel)
@@ -149,10 +150,17 @@ class PolicyTrainer(trl.GRPOTrainer):
 
     def carried(self) -> dict[str, Any]:
         """What a resumed stage must know; everything else is empty where a generation ends."""
-        return {"generations": self._generations}
+        return {"generations": self._generations, "epochs": int(self.state.epoch + 1e-6)}
 
     def carry_on(self, state: dict[str, Any]) -> None:
-        self._generations = state["generations"]
+        self._generations, self._epochs_done = state["generations"], state["epochs"]
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
+        """TRL's sampler shuffles with one generator that goes on from epoch to epoch: a resumed one is moved up."""
+        sampler = super()._get_train_sampler(dataset)
+        for _ in range(self._epochs_done):
+            torch.randperm(sampler.num_samples, generator=sampler.generator)
+        return sampler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Token-weighted means since the last log, and what TRL measured once per generation."""
@@ -237,12 +245,31 @@ def build_trainer(
     reward: Callable[..., list[float | None]],
 ) -> PolicyTrainer:
     """The trainer of a recipe's [rl] table."""
+    assert recipe.rl is not None
+    dataset = Dataset.from_list(
+        [{"prompt": rendering.messages(row, recipe.data.system), "gold": row.answer} for row in rows]
+    )
+    return PolicyTrainer(
+        model=model,
+        args=training_arguments(recipe, run.working("rl")),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        reward_funcs=[reward],
+        policy=policy(recipe.rl.policy, clip_low=recipe.rl.clip, clip_high=recipe.rl.clip),
+        initial=None if recipe.lora is not None else copy.deepcopy(model),
+        kl_every=recipe.rl.kl_every,
+        peft_config=lora_config(recipe.lora),
+    )
+
+
+def training_arguments(recipe: Recipe, folder: Path) -> trl.GRPOConfig:
+    """The recipe's [rl] table in TRL's terms."""
     settings = recipe.rl
     assert settings is not None
     update = settings.update_prompts * settings.group_size // settings.micro_batch
     steps = settings.prompts // settings.update_prompts  # of one generation; only between two can the stage be resumed
     arguments: dict[str, Any] = {
-        "output_dir": str(run.working("rl")),
+        "output_dir": str(folder),
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,
         "per_device_train_batch_size": settings.micro_batch,
@@ -257,20 +284,9 @@ def build_trainer(
         **optimizer_arguments(settings, recipe, window=steps),
         **settings.trainer,
     }
-    dataset = Dataset.from_list(
-        [{"prompt": rendering.messages(row, recipe.data.system), "gold": row.answer} for row in rows]
-    )
-    return PolicyTrainer(
-        model=model,
-        args=trl.GRPOConfig(**arguments),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        reward_funcs=[reward],
-        policy=policy(settings.policy, clip_low=settings.clip, clip_high=settings.clip),
-        initial=None if recipe.lora is not None else copy.deepcopy(model),
-        kl_every=settings.kl_every,
-        peft_config=lora_config(recipe.lora),
-    )
+    made = trl.GRPOConfig(**arguments)
+    _require_only_what_the_policy_does(made)
+    return made
 
 
 def verdict_reward(grader: MathGrader) -> Callable[..., list[float | None]]:

@@ -9,6 +9,7 @@ import copy
 import math
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any, Literal
 
 import peft
@@ -34,6 +35,7 @@ from heatbath.stages.training import (
     lora_config,
     optimizer_arguments,
     require_finite,
+    require_isolation,
     save_policy,
     train,
 )
@@ -86,7 +88,8 @@ class ObjectiveTrainer(trl.SFTTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         started = time.perf_counter()
-        result = super().evaluate(*args, **kwargs)
+        with torch.random.fork_rng():  # a checkpoint of this step holds the random state from before it
+            result = super().evaluate(*args, **kwargs)
         self._window_started += time.perf_counter() - started  # evaluation does not count as training time
         return result
 
@@ -171,6 +174,8 @@ def run_sft(run: Run, recipe: Recipe, progress: Progress) -> None:
     goal = objective(settings.objective.name, **settings.objective.hyper)
     if run.read_json("surprise.json") is None:
         _measure_surprise(run, recipe, model, tokenizer, demos, progress)
+    if settings.packing:
+        require_isolation(model, demos)
     with run.new_checkpoint("init") as folder:
         trainer = build_trainer(run, recipe, model, tokenizer, goal, demos, validation)
         log_to_run(trainer, run, "sft", progress, show=("nll", "val/nll", "keep", "tokens_per_second"))
@@ -216,36 +221,42 @@ def build_trainer(
     validation: list[Rendered],
 ) -> ObjectiveTrainer:
     """The trainer of a recipe's [sft] table. The reference is a frozen copy of `model`, or `model` with LoRA off."""
+    assert recipe.sft is not None
+    return ObjectiveTrainer(
+        model=model,
+        args=training_arguments(recipe, run.working("sft"), validating=bool(validation)),
+        train_dataset=dataset(demos),
+        eval_dataset=dataset(validation) if validation else None,
+        processing_class=tokenizer,
+        data_collator=RowCollator(tokenizer.pad_token_id, packing=recipe.sft.packing),
+        objective=goal,
+        reference=None if recipe.lora is not None else FrozenBase(copy.deepcopy(model)),
+        reduction=recipe.sft.reduction,
+        peft_config=lora_config(recipe.lora),
+    )
+
+
+def training_arguments(recipe: Recipe, folder: Path, *, validating: bool) -> trl.SFTConfig:
+    """The recipe's [sft] table in TRL's terms."""
     settings = recipe.sft
     assert settings is not None
     micro = min(settings.micro_batch, settings.batch)
     arguments: dict[str, Any] = {
-        "output_dir": str(run.working("sft")),
+        "output_dir": str(folder),
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
         "gradient_accumulation_steps": settings.batch // micro,
         "logging_steps": settings.log_every,
-        "eval_strategy": "epoch" if validation else "no",
-        "eval_on_start": bool(validation),
+        "eval_strategy": "epoch" if validating else "no",
+        "eval_on_start": validating,
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "max_length": None,
         **optimizer_arguments(settings, recipe),
         **settings.trainer,
     }
-    return ObjectiveTrainer(
-        model=model,
-        args=trl.SFTConfig(**arguments),
-        train_dataset=dataset(demos),
-        eval_dataset=dataset(validation) if validation else None,
-        processing_class=tokenizer,
-        data_collator=RowCollator(tokenizer.pad_token_id, packing=settings.packing),
-        objective=goal,
-        reference=None if recipe.lora is not None else FrozenBase(copy.deepcopy(model)),
-        reduction=settings.reduction,
-        peft_config=lora_config(recipe.lora),
-    )
+    return trl.SFTConfig(**arguments)
 
 
 def total_steps(settings: SFT | Pretrain, rows: int) -> int:

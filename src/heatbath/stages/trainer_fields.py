@@ -26,18 +26,19 @@ SAID_ELSEWHERE = {
     "save_total_limit": "save_every",
     "per_device_train_batch_size": "micro_batch",
     "per_device_eval_batch_size": "micro_batch",
-    "gradient_accumulation_steps": "batch and micro_batch",
 }
 ONLY = {
     "sft": {
         "max_length": "max_length",
         "packing": "packing",
         "padding_free": "packing",
+        "gradient_accumulation_steps": "batch and micro_batch",
         "logging_steps": "log_every",
         "loss_type": "objective",
         "label_smoothing_factor": "objective",
     },
     "rl": {
+        "gradient_accumulation_steps": "update_prompts, group_size and micro_batch",
         "num_generations": "group_size",
         "steps_per_generation": "prompts and update_prompts",
         "generation_batch_size": "prompts",
@@ -50,16 +51,35 @@ ONLY = {
         "scale_rewards": "policy",
     },
 }
-# Fields that heatbath itself needs at one value.
-FIXED = {
+ROWS = "heatbath renders the rows itself"
+EXACT = "a resumed run would not be the same run"
+EVALUATION = "heatbath decides when to validate"
+POLICY = "the policy decides the loss"
+# Fields that would be ignored, or break what heatbath promises, with the reason.
+REFUSED = {
     "output_dir": "the run's folder holds everything",
     "seed": "the recipe's top-level seed decides",
+    "data_seed": "the recipe's top-level seed decides",
     "bf16": "the recipe's top-level precision decides",
     "fp16": "the recipe's top-level precision decides",
     "resume_from_checkpoint": "--resume finds the checkpoint",
-    "dataset_kwargs": "heatbath renders the rows itself",
-    "remove_unused_columns": "heatbath renders the rows itself",
     "do_train": "the stage trains",
+    **dict.fromkeys(("save_only_model", "ignore_data_skip", "auto_find_batch_size", "load_best_model_at_end"), EXACT),
+    **dict.fromkeys(("metric_for_best_model", "eval_strategy", "eval_steps", "eval_on_start", "do_eval"), EVALUATION),
+    **dict.fromkeys(("dataset_kwargs", "dataset_text_field", "dataset_num_proc", "remove_unused_columns"), ROWS),
+    **dict.fromkeys(("eos_token", "pad_token", "chat_template_path", "truncation_mode", "pad_to_multiple_of"), ROWS),
+    **dict.fromkeys(("completion_only_loss", "assistant_only_loss", "shuffle_dataset", "max_prompt_length"), ROWS),
+    **dict.fromkeys(("packing_strategy", "eval_packing", "chat_template_kwargs"), ROWS),
+    "model_init_kwargs": "heatbath loads the model itself",
+}
+REFUSED_IN_RL = {
+    "logging_steps": "the log has a row for every step",
+    "num_iterations": "each generation is used once",
+    "shuffle_dataset": "the recipe's top-level seed decides",
+    **dict.fromkeys(("delta", "importance_sampling_level", "top_entropy_quantile", "entropy_coef"), POLICY),
+    **dict.fromkeys(("use_adaptive_entropy", "entropy_target", "off_policy_mask_threshold"), POLICY),
+    **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "use_liger_loss"), POLICY),
+    "use_vllm": "sampling with vLLM is not offered yet",
 }
 
 
@@ -68,6 +88,7 @@ def check_fields(stage: str, given: dict[str, Any]) -> None:
     types = _types(stage)
     problems = []
     said = SAID_ELSEWHERE | ONLY[stage]
+    refused = REFUSED | (REFUSED_IN_RL if stage == "rl" else {})
     for name, value in given.items():
         if name not in types:
             near = difflib.get_close_matches(name, types, n=1)
@@ -76,8 +97,8 @@ def check_fields(stage: str, given: dict[str, Any]) -> None:
             )
         elif name in said:
             problems.append(f"{name} is set by {stage}.{said[name]}; set that instead")
-        elif name in FIXED:
-            problems.append(f"{name} cannot be set: {FIXED[name]}")
+        elif name in refused:
+            problems.append(f"{name} cannot be set: {refused[name]}")
         elif (trouble := _refusal(types[name], value)) is not None:
             problems.append(f"{name}: {trouble} (got {value!r})")
     if problems:
@@ -86,7 +107,7 @@ def check_fields(stage: str, given: dict[str, Any]) -> None:
 
 def _refusal(kind: Any, value: Any) -> str | None:
     try:
-        TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
     except ValidationError as error:
         message: str = error.errors()[0]["msg"]
         return message[0].lower() + message[1:]

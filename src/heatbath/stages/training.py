@@ -7,6 +7,7 @@ afterwards, and what our own trainers carry from step to step travels with them.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -16,17 +17,26 @@ from typing import Any
 
 import peft
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from heatbath import models
-from heatbath.data.rendering import IGNORE
+from heatbath.data.rendering import IGNORE, Rendered
 from heatbath.errors import RunError
 from heatbath.progress import Progress
 from heatbath.recipe import Recipe
-from heatbath.run import COMPLETE, Run
+from heatbath.run import Run
 from heatbath.sections import Lora, Optimizer
 
 CARRIED = "heatbath.pt"
+LEAK = 1e-3  # relative difference of float32 hidden states, packed against alone; rounding stays below 1e-5
 
 
 def optimizer_arguments(settings: Optimizer, recipe: Recipe, window: int = 1) -> dict[str, Any]:
@@ -70,11 +80,20 @@ def log_to_run(trainer: Trainer, run: Run, stage: str, progress: Progress, show:
 def train(trainer: Any, run: Run, stage: str) -> None:
     """Trains from the beginning, or from the stage's last complete checkpoint where there is one."""
     checkpoint = run.last_checkpoint(stage)
-    trainer.add_callback(_KeepResumable(trainer))
+    trainer.add_callback(_KeepResumable(trainer, run, stage))
     if checkpoint is not None:
-        trainer.args.eval_on_start = False
+        # The end of an epoch is saved before it is evaluated, and rows logged after a checkpoint do not outlive it.
+        trainer.args.eval_on_start = _ends_epoch(trainer.args, len(trainer.train_dataset), checkpoint)
         trainer.carry_on(torch.load(checkpoint / CARRIED, weights_only=True))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def _ends_epoch(args: TrainingArguments, rows: int, checkpoint: Path) -> bool:
+    """Whether an evaluation belongs to the step of a checkpoint."""
+    step = int(checkpoint.name.rpartition("-")[2])
+    per_epoch = math.ceil(rows / (args.train_batch_size * args.gradient_accumulation_steps * args.world_size))
+    last = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+    return args.eval_strategy == "epoch" and (step % per_epoch == 0 or step == last)
 
 
 def save_policy(trainer: Trainer, folder: Path) -> None:
@@ -138,11 +157,37 @@ class RowCollator:
         }
 
 
+@torch.no_grad()
+def require_isolation(model: PreTrainedModel, rows: Sequence[Rendered]) -> None:
+    """Raises RunError where sequences laid end to end would see each other: not every architecture keeps them apart."""
+    two = sorted(rows, key=lambda row: len(row.input_ids))[:2]
+    made = [{"input_ids": row.input_ids, "labels": row.labels} for row in two]
+    packed = RowCollator(0, packing=True)(made)
+
+    def hidden(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
+        out: torch.Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+        return out
+
+    alone = torch.cat([hidden(RowCollator(0)([row])) for row in made])
+    apart = torch.linalg.norm(hidden(packed) - alone) / torch.linalg.norm(alone)
+    if not apart < LEAK:
+        raise RunError(
+            f"{type(model).__name__} does not keep packed sequences apart: hidden states differ by {float(apart):.1%}",
+            "sft.packing",
+            "leave packing off for this model",
+        )
+
+
 class _KeepResumable(TrainerCallback):
     """Marks each checkpoint when complete, adds the trainer's own state, and removes the older ones."""
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(self, trainer: Any, run: Run, stage: str):
+        self.trainer, self.run, self.stage = trainer, run, stage
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A checkpoint restores these two with the state; the recipe of today decides them."""
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
@@ -152,7 +197,7 @@ class _KeepResumable(TrainerCallback):
         (checkpoint / "training_args.bin").unlink(missing_ok=True)  # pickled, and nothing reads it
         torch.save(self.trainer.carried(), checkpoint / CARRIED)
         _to_disk(checkpoint)
-        (checkpoint / COMPLETE).touch()
+        self.run.complete(checkpoint, self.stage)
         for other in folder.glob("checkpoint-*"):
             if other != checkpoint:
                 shutil.rmtree(other, ignore_errors=True)
