@@ -10,6 +10,7 @@ import pytest
 from heatbath import recipe as recipes
 from heatbath.errors import RecipeError
 from heatbath.recipe import as_toml, load, parse, shipped
+from heatbath.stages.trainer_fields import ONLY, REFUSED, REFUSED_IN_RL, SAID_ELSEWHERE, _types
 
 MINIMAL = {"model": "m", "data": {"source": "arithmetic"}}
 
@@ -122,6 +123,28 @@ def test_a_recipe_is_copied_once_and_never_over_a_file(tmp_path: Path, monkeypat
     assert (tmp_path / "smoke.toml").read_text() == "mine"
     with pytest.raises(RecipeError, match="did you mean 'smoke'"):
         recipes.copy("smokes")
+
+
+def test_trainer_fields_keep_their_type(tmp_path: Path) -> None:
+    """The text "False" would switch a feature on."""
+    path = tmp_path / "r.toml"
+    path.write_text('model = "m"\n[data]\nsource = "arithmetic"\n[rl]\n[sft]\n')
+    for text in ("False", "false"):
+        made = load(path, [f"rl.trainer.mask_truncated_completions={text}", "sft.trainer.neftune_noise_alpha=5"])
+        assert made.rl.trainer == {"mask_truncated_completions": False}
+        assert made.sft.trainer == {"neftune_noise_alpha": 5}
+    for wrong in ("rl.trainer.mask_truncated_completions=no", "sft.trainer.dataloader_num_workers='2'"):
+        with pytest.raises(RecipeError, match="input should be a valid"):
+            load(path, [wrong])
+
+
+def test_every_trainer_field_named_in_the_tables_exists() -> None:
+    """A refusal of a field that TRL no longer has would be dead text."""
+    for stage, extra in (("sft", {}), ("rl", REFUSED_IN_RL)):
+        known = set(_types(stage))
+        assert set(ONLY[stage]) | set(extra) <= known
+    both = set(_types("sft")) | set(_types("rl"))
+    assert set(SAID_ELSEWHERE) | set(REFUSED) <= both
 
 
 @pytest.mark.slow

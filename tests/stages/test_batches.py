@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from conftest import small_model, small_tokenizer
 from heatbath.data import arithmetic
 from heatbath.data.rendering import IGNORE, Rendered, render
+from heatbath.errors import RunError
 from heatbath.ideas.objectives import Gift, Sft
 from heatbath.progress import Progress
 from heatbath.recipe import parse
@@ -19,7 +20,7 @@ from heatbath.run import Run
 from heatbath.sections import Lora
 from heatbath.stages.fused_forward import add_objective_forward
 from heatbath.stages.sft import ObjectiveTrainer, run_sft
-from heatbath.stages.training import RowCollator, lora_config
+from heatbath.stages.training import RowCollator, lora_config, require_isolation
 
 
 def rows(count: int = 6) -> list[Rendered]:
@@ -92,6 +93,21 @@ def test_a_packed_row_without_positions_would_be_another_loss() -> None:
     right, _, _ = loss_and_gradient([packed], Sft(), "sdpa")
     leaking, _, _ = loss_and_gradient([{k: v for k, v in packed.items() if k != "position_ids"}], Sft(), "sdpa")
     assert abs(leaking - right) > 1e-3 * right
+
+
+def test_a_model_that_does_not_keep_packed_sequences_apart_is_refused() -> None:
+    require_isolation(small_model(0), rows())
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    }
+    leaking = OPTForCausalLM(OPTConfig(vocab_size=101, max_position_embeddings=256, init_std=0.2, **shape)).eval()
+    with pytest.raises(RunError, match="OPTForCausalLM does not keep packed sequences apart"):
+        require_isolation(leaking, rows())
 
 
 def test_the_trainer_takes_the_same_steps_packed_and_padded(small_base: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ REFUSED = {
     **dict.fromkeys(("metric_for_best_model", "eval_strategy", "eval_steps", "eval_on_start", "do_eval"), EVALUATION),
     **dict.fromkeys(("dataset_kwargs", "dataset_text_field", "dataset_num_proc", "remove_unused_columns"), ROWS),
     **dict.fromkeys(("eos_token", "pad_token", "chat_template_path", "truncation_mode", "pad_to_multiple_of"), ROWS),
-    **dict.fromkeys(("completion_only_loss", "assistant_only_loss", "shuffle_dataset", "max_prompt_length"), ROWS),
+    **dict.fromkeys(("completion_only_loss", "assistant_only_loss", "shuffle_dataset"), ROWS),
     **dict.fromkeys(("packing_strategy", "eval_packing", "chat_template_kwargs"), ROWS),
     "model_init_kwargs": "heatbath loads the model itself",
 }
@@ -78,7 +78,7 @@ REFUSED_IN_RL = {
     "shuffle_dataset": "the recipe's top-level seed decides",
     **dict.fromkeys(("delta", "importance_sampling_level", "top_entropy_quantile", "entropy_coef"), POLICY),
     **dict.fromkeys(("use_adaptive_entropy", "entropy_target", "off_policy_mask_threshold"), POLICY),
-    **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "use_liger_loss"), POLICY),
+    **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), POLICY),
     "use_vllm": "sampling with vLLM is not offered yet",
 }
 
