@@ -271,6 +271,23 @@ SECTIONS: dict[str, list[Mistake]] = {
             ),
         ),
         Mistake(
+            "Gold answers with their unit",
+            "run r.toml --dry-run",
+            ("1 of 1 gold answers are not found right", "'The answer is 64 pens.' '64' is read"),
+            files(
+                demos(ROW),
+                data='test_from = "test.jsonl"',
+                **{"test.jsonl": demos({"question": "How many pens?", "answer": "64 pens"})},
+            ),
+        ),
+        Mistake(
+            "A CSV file with semicolons",
+            "sft r.toml data.demos_from=demos.csv",
+            ("columns are separated by ';'",),
+            files("") | {"demos.csv": "question;solution\n1 + 1?;2\n"},
+        ),
+        recipe("A value where a table belongs", "lora=true", "lora: a table of its own, such as [lora]"),
+        Mistake(
             "An answer without its marker",
             "sft r.toml",
             ("no '####' with an answer after it in '2'",),

@@ -67,6 +67,13 @@ def test_colours_are_those_of_mask_and_surprise(small_base: Path) -> None:
     assert "10+ nats" in screen.getvalue()
 
 
+def test_without_colour_marks_stand_around_what_is_learned(small_base: Path) -> None:
+    screen = io.StringIO()
+    show(inspect(recipe(small_base), count=1, surprise=True), Console(file=screen, width=300))
+    text = screen.getvalue()
+    assert "<|assistant|>⟦" in text and "⟧" in text and "{" in text
+
+
 def test_the_command_prints_json(small_base: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     from heatbath import cli
 

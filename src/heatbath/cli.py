@@ -9,11 +9,16 @@ import json as jsonlib
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+# Before torch is loaded: OpenMP threads that spin while they wait make a busy machine up to 50 times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from heatbath.allocator import keep_freed_memory
 from heatbath.errors import HeatbathError, RecipeError
@@ -31,7 +36,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeArgument = Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A TOML file, the name of a shipped recipe, or the folder of a run (its own recipe).")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, applied over the recipe.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Read and check recipe and data, print the plan, train nothing.")
@@ -199,6 +206,8 @@ def _stage(
     _settle_libraries(verbose)
     keep_freed_memory()
     loaded = load(recipe, overrides)
+    if Path(recipe).is_dir():
+        out = out or Path(recipe)
     from heatbath.progress import Progress
     from heatbath.run import Run
     from heatbath.stages import pipeline
@@ -247,10 +256,16 @@ def _call(stage: str, opened: Run, loaded: Recipe, progress: Progress) -> dict[s
     if stage == "rescore":
         from heatbath.stages.evaluate import rescore
 
-        return rescore(opened, loaded, progress)
-    from heatbath.stages.pipeline import run_all, run_stage
+        result: dict[str, Any] | None = rescore(opened, loaded, progress)
+    else:
+        from heatbath.stages.pipeline import run_all, run_stage
 
-    return run_all(opened, loaded, progress) if stage == "run" else run_stage(stage, opened, loaded, progress)
+        result = run_all(opened, loaded, progress) if stage == "run" else run_stage(stage, opened, loaded, progress)
+    if stage in ("eval", "rescore"):
+        from heatbath.report.page import write_report
+
+        write_report(opened)
+    return result
 
 
 def _closing(opened: Run, result: dict[str, Any] | None) -> str:
@@ -279,8 +294,14 @@ def _settle_libraries(verbose: bool) -> None:
         warnings.filterwarnings("ignore", category=UserWarning)
 
 
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """The console script."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)  # a scheduler's end is an interruption like any other
     try:
         app()
     except HeatbathError as error:

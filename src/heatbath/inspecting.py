@@ -61,9 +61,19 @@ def show(found: list[dict[str, Any]], console: Console) -> None:
             align="left",
         )
         text = Text()
+        open_mark = False
         for token in entry["tokens"]:
+            if not console.is_terminal and token["supervised"] != open_mark:  # no colour: marks around what is learned
+                open_mark = token["supervised"]
+                text.append("⟦" if open_mark else "⟧")
             text.append(token["text"], style=_style(token))
+            if not console.is_terminal and token.get("nats", 0.0) >= BANDS[0][0]:
+                text.append(f"{{{token['nats']:.1f}}}")
+        text.append("⟧" * open_mark)
         console.print(text, soft_wrap=True)
+    if not console.is_terminal:
+        console.print("\n⟦learned⟧  {nats, from 1} behind a token that surprises the base")
+        return
     legend = Text("\n")
     legend.append("context", style="dim")
     if any("nats" in token for entry in found for token in entry["tokens"]):

@@ -149,8 +149,8 @@ def _require_allowed_changes(run: Run, how: Opening, redone: tuple[str, ...]) ->
         raise RecipeError(
             f"the folder holds a run of another recipe:{listed}",
             str(run.folder / "recipe.toml"),
-            f"use its recipe and overrides; or, if the change is meant, --resume {flags} (an unfinished stage that "
-            "reads it begins again); or another --out",
+            f"give {run.folder} in place of the recipe to go on with its own; if the change is meant, --resume {flags} "
+            "(an unfinished stage that reads it begins again); or another --out",
         )
     for key in changed:
         done = redone if not redone else (*redone, "eval")

@@ -77,7 +77,9 @@ def copy(name: str, to: Path | None = None) -> Path:
 
 
 def find(path: str | Path) -> Path:
-    """The file itself, or the shipped recipe of that bare name."""
+    """The file itself, that of a run's folder, or the shipped recipe of that bare name."""
+    if (Path(path) / "recipe.toml").is_file():
+        return Path(path) / "recipe.toml"
     if Path(path).exists():
         return Path(path)
     recipes = shipped()
@@ -165,6 +167,8 @@ def _explain(error: Any) -> str:
         return f"{key}.source: no source is called '{given}'{_near(given, list(SOURCES))}"
     if error["type"] == "union_tag_not_found":
         return f"{key}.source: required, one of {', '.join(SOURCES)}"
+    if error["type"] == "model_type":
+        return f"{key}: a table of its own, such as [{key}] (got {error['input']!r})"
     message = error["msg"].removeprefix("Value error, ")
     got = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
     return f"{key or 'recipe'}: {message[0].lower() + message[1:]}{got}"

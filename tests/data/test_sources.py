@@ -339,7 +339,7 @@ def test_a_folder_of_shards_is_one_table_and_test_may_have_fields_of_its_own(tmp
 def test_rows_that_contradict_the_answer_of_their_problem_are_left_out_and_counted(tmp_path: Path) -> None:
     write(tmp_path / "p.jsonl", *made(10), {"question": "Q3", "solution": "other", "answer": "99"})
     found = load(source="files", folder=str(tmp_path), pool="p.jsonl", demos=10, paths=2)
-    assert len(found.demos) == 10 and "1 rows contradict" in found.notes[1]
+    assert len(found.demos) == 10 and any("1 rows contradict" in note for note in found.notes)
 
 
 def test_a_family_without_a_single_answer_is_refused() -> None:
@@ -365,7 +365,7 @@ def test_missing_binary_and_unknown_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_bytes(b"\xff\xfe\x00")
     for name, message in (
         ("absent.jsonl", "cannot read"),
-        ("b.jsonl", "cannot read"),
+        ("b.jsonl", "not UTF-8, at byte 0"),
         ("b.parquet", "not a Parquet file"),
         ("b.xlsx", "no reader for '.xlsx'"),
     ):

@@ -131,7 +131,7 @@ def test_an_evaluation_killed_in_the_middle_goes_on_with_what_is_missing(finishe
     try:
         cut = whole.splitlines(keepends=True)[:27]  # all of base, a part of init, half a line
         samples.write_text("".join(cut)[:-9])
-        done = heatbath("eval", "small.toml", "sft.epochs=3", "--json", cwd=finished.parents[1])
+        done = heatbath("eval", "runs/small", "--json", cwd=finished.parents[1])  # the run's own recipe
         assert done.returncode == 0, done.stderr
         rows = samples.read_text().splitlines(keepends=True)
         assert rows[:26] == cut[:26] and len(rows) == 60

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 MOST_TRUNCATED = 0.01  # share of rows that may be cut before it is an error
 MOST_UNKNOWN = 0.01
+MOST_LOST = 0.5  # of gold answers that a plain statement does not bring through the grader (of MATH's it is 0.25 %)
 PRETRAIN_LENGTH = 1024  # tokens; the context of a model that [pretrain] makes
 # What exports write where an answer is missing; a text may be an answer, these are none.
-PLACEHOLDERS = ("nan", "none", "null", "n/a", "na", "inf", "-inf", "tbd", "todo")
+PLACEHOLDERS = ("nan", "none", "null", "n/a", "na", "inf", "-inf", "tbd", "todo", "unknown")
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe, split: str) -> list[Rendered]:
@@ -151,4 +152,14 @@ def require_gold(grader: MathGrader, rows: Sequence[Row], split: str) -> None:
             f"{str(row.answer)[:80]!r} ({why})",
             f"data.{split}, {rendering.place(row)}",
             "write the final answer alone (42, 3/4, x^2 + 1); data.fields.answer_after cuts it out of a longer text",
+        )
+    stated = grader.grade([f"The answer is {gold}." for gold in golds], golds)
+    lost = [(row, verdict) for row, verdict in zip(rows, stated, strict=True) if verdict.status != "right"]
+    if len(lost) > MOST_LOST * len(rows):
+        row, verdict = lost[0]
+        raise DataError(
+            f"{len(lost):,} of {len(rows):,} gold answers are not found right in a completion that states them; of "
+            f"'The answer is {str(row.answer)[:60]}.' {verdict.answer!r} is read",
+            f"data.{split}, {rendering.place(row)}",
+            "write the number without its unit, or the answer as the model should box it",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -72,12 +73,15 @@ def _require_disjoint(splits: Splits) -> None:
 
 def _decontaminated(splits: Splits, data: AnyData) -> Splits:
     problems = [p for path in data.decontaminate for p in read_problems(path)]
-    problems += [(row.asked, f"data.test, {row.origin}") for row in splits.test]
+    known = {text for text, _ in problems}
+    problems += [(row.asked, f"data.test, {row.origin}") for row in splits.test if row.asked not in known]
     kept: dict[str, list[Row]] = {}
     notes, removed = list(splits.notes), list(splits.removed)
     for split in ("demos", "prompts"):
         rows = getattr(splits, split)
         kept[split], found = without_shared_ngrams(rows, problems, data.ngram)
+        if not rows:
+            continue
         notes.append(contamination_note(split, len(rows), found, data.ngram, len(problems)))
         removed += map(str, found)
     return Splits(kept["demos"], splits.validation, kept["prompts"], splits.test, tuple(notes), tuple(removed))
@@ -153,7 +157,9 @@ def _entries(data: ReasoningGymData, seed: int) -> Iterator[Row]:
         dataset = reasoning_gym.create_dataset(data.family, seed=seed, size=FAMILY_SIZE, **data.options)
     except (TypeError, ValueError, AssertionError) as error:
         raise RecipeError(
-            f"reasoning-gym's '{data.family}' refuses its options: {error}", "data.options", "see that family's config"
+            f"reasoning-gym's '{data.family}' refuses its options: {error}",
+            "data.options",
+            f"it has {', '.join(f.name for f in dataclasses.fields(DATASETS[data.family][1]))}",
         ) from None
     for number, entry in enumerate(dataset, 1):
         if entry["answer"] is None:

@@ -67,6 +67,8 @@ def _from_pool(
             known.append(row.solution)
             kept.append(row)
     notes = [f"{name}: {len(rows):,} rows, {len(solutions):,} different problems"]
+    if len(kept) == len(solutions) and data.paths > 1:
+        notes.append(f"{name}: paths = {data.paths}, but no problem has more than one solution")
     if contradicting:
         notes.append(f"{name}: {contradicting} rows contradict the answer of an earlier row of their problem; left out")
     removed: list[Contaminated] = []
@@ -124,7 +126,9 @@ def read_file(path: Path, key: str) -> Iterator[Record]:
         )
     try:
         records = list(reader(path, key))
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"cannot read {path}: not UTF-8, at byte {error.start}", key, "save it as UTF-8") from None
+    except OSError as error:
         raise DataError(f"cannot read {path}: {error}", key, "check the path and data.folder") from None
     if not records:
         raise DataError("the file holds no rows", f"{path} ({key})", "one problem per row")
@@ -187,6 +191,8 @@ def _csv(path: Path, key: str) -> Iterator[Record]:
         reader = csv.reader(stream, strict=True)
         try:
             header = next(reader, [])
+            if len(header) == 1 and (found := [mark for mark in ";\t|" if mark in header[0]]):
+                raise DataError(f"columns are separated by {found[0]!r}", f"{path} ({key})", "separate them by commas")
             if len(set(header)) < len(header):
                 raise DataError("two columns have the same name", f"{path}, header ({key})", "rename one of them")
             for number, values in enumerate((row for row in reader if row), 1):

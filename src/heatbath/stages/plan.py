@@ -118,5 +118,5 @@ def show(found: dict[str, Any]) -> str:
         listed = ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items())
         lines.append(f"memory    {stage}: about {total:.1f} GiB on each device ({listed})")
     lines += ["checks    passed", *([f"folder    {found['folder']}"] if "folder" in found else [])]
-    lines.append(f"command   {found['command']}")
+    lines.append(f"launcher  {found['command']}")
     return "\n".join(lines)

@@ -116,7 +116,7 @@ def _pretrain(run: Run, recipe: Recipe, corpus: list[Row], progress: Progress) -
     log_to_run(trainer, run, "pretrain", progress, show=("nll", "tokens_per_second"))
     with run.new_checkpoint("base") as folder:
         with progress.bar("pretrain", total_steps(settings, len(rows))):
-            train(trainer, run, "pretrain")
+            train(trainer, run, "pretrain", progress)
         save_policy(trainer, folder)
 
 

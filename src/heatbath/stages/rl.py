@@ -232,7 +232,7 @@ def run_rl(run: Run, recipe: Recipe, progress: Progress) -> None:
         shown = ("reward", "informative_share", "truncated_share", "kl_init")
         log_to_run(trainer, run, "rl", progress, show=shown)
         with progress.bar(f"rl ({settings.policy})", total_steps(settings, len(rows))):
-            train(trainer, run, "rl")
+            train(trainer, run, "rl", progress)
         save_policy(trainer, folder)
 
 

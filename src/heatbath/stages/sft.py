@@ -180,7 +180,7 @@ def run_sft(run: Run, recipe: Recipe, progress: Progress) -> None:
         trainer = build_trainer(run, recipe, model, tokenizer, goal, demos, validation)
         log_to_run(trainer, run, "sft", progress, show=("nll", "val/nll", "keep", "tokens_per_second"))
         with progress.bar(f"sft ({settings.objective.name})", total_steps(settings, len(demos))):
-            train(trainer, run, "sft")
+            train(trainer, run, "sft", progress)
         save_policy(trainer, folder)
 
 
@@ -272,6 +272,8 @@ def describe_profile(found: dict[str, Any]) -> str:
     text += f"{found['quantiles']['0.99']:.1f}, max {found['max']:.1f}"
     if found["beta"] is not None:
         share = next(b for b in found["betas"] if b["beta"] == found["beta"])["w_below_0.5"]
+        if not found["beta"]:
+            return text + "\nβ = 0 is distillation from the base; the demonstrations only choose where"
         text += f"\nβ = {found['beta']:g} leaves {share:.1%} of the tokens to the base (w < 0.5)"
         if share < 0.001:
             text += "; GIFT can hardly differ from SFT here"

@@ -36,6 +36,7 @@ from heatbath.run import Run
 from heatbath.sections import Lora, Optimizer
 
 CARRIED = "heatbath.pt"
+IDLE_GENERATIONS = 3  # in a row without any signal, before it is said aloud
 LEAK = 1e-3  # relative difference of float32 hidden states, packed against alone; rounding stays below 1e-5
 
 
@@ -77,9 +78,11 @@ def log_to_run(trainer: Trainer, run: Run, stage: str, progress: Progress, show:
     trainer.add_callback(_RunLog(run, stage, progress, show))
 
 
-def train(trainer: Any, run: Run, stage: str) -> None:
+def train(trainer: Any, run: Run, stage: str, progress: Progress) -> None:
     """Trains from the beginning, or from the stage's last complete checkpoint where there is one."""
     checkpoint = run.last_checkpoint(stage)
+    if checkpoint is not None:
+        progress.say(f"{stage}: going on after step {checkpoint.name.rpartition('-')[2]}")
     trainer.add_callback(_KeepResumable(trainer, run, stage))
     if checkpoint is not None:
         # The end of an epoch is saved before it is evaluated, and rows logged after a checkpoint do not outlive it.
@@ -219,6 +222,8 @@ class _RunLog(TrainerCallback):
 
     def __init__(self, run: Run, stage: str, progress: Progress, show: tuple[str, ...]):
         self.run, self.stage, self.progress, self.show = run, stage, progress, show
+        self.latest: dict[str, float] = {}
+        self.uninformative = 0
 
     def on_log(
         self,
@@ -230,5 +235,14 @@ class _RunLog(TrainerCallback):
     ) -> None:
         numbers = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
         self.run.log(self.stage, state.global_step, numbers)
-        shown = "  ".join(f"{key} {numbers[key]:.4g}" for key in self.show if key in numbers)
+        self.latest |= numbers
+        shown = "  ".join(f"{key} {self.latest[key]:.4g}" for key in self.show if key in self.latest)
         self.progress.update(state.global_step, shown)
+        if "informative_share" in numbers:
+            self.uninformative = 0 if numbers["informative_share"] else self.uninformative + 1
+            if self.uninformative == IDLE_GENERATIONS:
+                self.progress.say(
+                    f"warning: in {IDLE_GENERATIONS} generations no group had two different rewards (mean reward "
+                    f"{self.latest.get('reward', float('nan')):.3g}); RL learns nothing from them. Look at the "
+                    "samples, the gold answers and rl.max_new_tokens"
+                )
