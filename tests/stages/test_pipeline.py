@@ -10,6 +10,7 @@ import pytest
 from jinja2 import Environment
 
 from heatbath.stages.evaluate import summarise
+from mistakes import call
 
 RECIPE = """
 model = "{base}"
@@ -84,22 +85,22 @@ def test_results_can_be_computed_again_from_the_samples(finished: Path) -> None:
 
 def test_an_existing_folder_is_refused_and_untouched(finished: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
-    again = heatbath("run", "small.toml", cwd=finished.parents[1])
-    assert again.returncode == 2 and "holds a run with its report" in again.stderr and "--out" in again.stderr
+    code, said = call(finished.parents[1], "run small.toml")
+    assert code == 2 and "holds a run with its report" in said and "--out" in said
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
-    other = heatbath("eval", "small.toml", cwd=finished.parents[1])  # without sft.epochs=3: another recipe
-    assert other.returncode == 2 and "another recipe" in other.stderr
+    code, said = call(finished.parents[1], "eval small.toml")  # without sft.epochs=3: another recipe
+    assert code == 2 and "another recipe" in said
 
 
 def test_stages_one_by_one_are_the_same_run(finished: Path) -> None:
     folder = finished.parents[1]
     for stage in ("sft", "rl", "eval"):
-        done = heatbath(stage, "small.toml", "sft.epochs=3", "--out", "runs/steps", cwd=folder)
-        assert done.returncode == 0, done.stderr
+        code, said = call(folder, f"{stage} small.toml sft.epochs=3 --out runs/steps")
+        assert code == 0, said
     ours, theirs = (json.loads((p / "results.json").read_text()) for p in (folder / "runs" / "steps", finished))
     assert ours == theirs
-    again = heatbath("sft", "small.toml", "sft.epochs=3", "--out", "runs/steps", cwd=folder)
-    assert again.returncode == 1 and "already trained" in again.stderr
+    code, said = call(folder, "sft small.toml sft.epochs=3 --out runs/steps")
+    assert code == 1 and "already trained" in said
     reported = heatbath("report", "runs/steps", cwd=folder)
     assert reported.returncode == 0 and Path(folder, reported.stdout.strip()).is_file()
 

@@ -19,6 +19,7 @@ from heatbath.sections import Lora
 from heatbath.stages.evaluate import rescore, run_evaluation
 from heatbath.stages.rl import run_rl
 from heatbath.stages.sft import run_sft
+from mistakes import call
 
 RECIPE = """
 model = "tiny"
@@ -66,13 +67,6 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-def run(folder: Path, *arguments: str) -> str:
-    process = start(folder, *arguments)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    return out
-
-
 def kill_at(folder: Path, stage: str, step: int, *arguments: str) -> int:
     """Starts the stage and kills it with -9 as soon as it has logged that step; returns the step of the newest complete
     checkpoint, which is an earlier or a slightly later one."""
@@ -115,7 +109,8 @@ def whole(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with small.toml and a run of it that nobody interrupted."""
     folder = tmp_path_factory.mktemp("resume")
     (folder / "small.toml").write_text(RECIPE)
-    run(folder, "run", "small.toml", "--out", "whole")
+    code, said = call(folder, "run small.toml --out whole")
+    assert code == 0, said
     return folder
 
 
@@ -123,12 +118,13 @@ def test_killed_in_sft_and_in_rl_the_run_ends_where_the_uninterrupted_one_does(w
     arguments = ("run", "small.toml", "--out", "killed")
     step = kill_at(whole, "sft", 13, *arguments)
     assert 12 <= step < 24 and not (whole / "killed" / "checkpoints" / "init").exists()
-    refused = start(whole, *arguments)
-    assert "--resume to go on with it" in refused.communicate(timeout=120)[0] and refused.returncode == 2
+    code, said = call(whole, " ".join(arguments))
+    assert code == 2 and "--resume to go on with it" in said
     step = kill_at(whole, "rl", 13, *arguments, "--resume")  # in the second epoch
     assert 12 <= step < 20 and step % 2 == 0, "RL is resumed only where a generation ends"
     assert_same_weights(weights(whole / "killed", "init"), weights(whole / "whole", "init"))
-    said = run(whole, *arguments, "--resume")
+    code, said = call(whole, " ".join([*arguments, "--resume"]))
+    assert code == 0 and "rl: going on after step" in said
     assert "sft: finished before, kept" in said
     assert_same_weights(weights(whole / "killed", "final"), weights(whole / "whole", "final"))
     for stage in ("sft", "rl"):
