@@ -10,8 +10,9 @@ READY_DEV := $(VENV)/.ready-dev
 # On Linux plain pip brings the CUDA build (gigabytes) where no CPU build is at hand; for the CPU build from its makers:
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
-# Threads that spin while they wait ruin a small machine that runs anything else.
+# Threads that spin long while they wait ruin a small machine that runs anything else.
 export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 10000
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: demo test test-slow check format clean
