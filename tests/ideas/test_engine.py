@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from heatbath.ideas.engine import dense_loss, label_logps, linear_loss, linear_loss_with_sums
-from heatbath.ideas.objectives import Gift, Sft, TokenStats
+from heatbath.ideas.gift import Gift
+from heatbath.ideas.objectives import Sft
+from heatbath.ideas.statistics import TokenStats
 
 N, V, D, D_BASE = 37, 53, 16, 12
 
@@ -133,15 +135,16 @@ def test_sums_are_the_token_sums() -> None:
     logp = (problem.hidden @ problem.head.T).log_softmax(-1)[valid]
     ref = (problem.ref_hidden @ problem.ref_head.T).log_softmax(-1)[valid]
     ref_logp = ref.gather(-1, problem.labels[valid, None]).squeeze(-1)
+    base = TokenStats(vocab_size=V, ref_logp=ref_logp)
     assert out.tokens == valid.sum()
     expected = {
         "objective": problem.dense(target).sum(),
         "nll": problem.dense(Sft()).sum(),
         "entropy": -(logp.exp() * logp).sum(),
         "surprise": -ref_logp.sum(),
-        "keep": target.keep(ref_logp, V).sum(),
-        "w": target.mass(ref_logp, V).sum(),
-        "left_to_base": (target.mass(ref_logp, V) < 0.5).sum().double(),
+        "keep": target.keep(base).sum(),
+        "w": target.target_mass(base).sum(),
+        "left_to_base": (target.target_mass(base) < 0.5).sum().double(),
     }
     assert set(out.sums) == set(expected)
     for name, value in expected.items():

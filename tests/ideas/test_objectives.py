@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from heatbath.ideas.engine import dense_loss
-from heatbath.ideas.objectives import Gift, Sft, TokenStats, objective
+from heatbath.ideas.gift import Gift
+from heatbath.ideas.objectives import Sft, objective
+from heatbath.ideas.statistics import TokenStats
 
 N, V = 64, 97
 
@@ -54,19 +56,21 @@ def test_gradient_at_the_base_is_sft_times_one_minus_keep() -> None:
     (gift,) = torch.autograd.grad(dense_loss(target, z, y, ref_logits=z.detach()).sum(), z)
     (sft,) = torch.autograd.grad(dense_loss(Sft(), z, y).sum(), z)
     logp = z.detach().log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
-    torch.testing.assert_close(gift, (1 - target.keep(logp, V))[:, None] * sft)
+    base = TokenStats(vocab_size=V, ref_logp=logp)
+    torch.testing.assert_close(gift, (1 - target.keep(base))[:, None] * sft)
     # and anywhere, the distance between the two gradients is what the target leaves off the token
     z = logits(2).requires_grad_()
     (gift,) = torch.autograd.grad(dense_loss(target, z, y, ref_logits=logits(1)).sum(), z)
     (sft,) = torch.autograd.grad(dense_loss(Sft(), z, y).sum(), z)
-    torch.testing.assert_close((gift - sft).abs().sum(-1), 2 * (1 - target.mass(logp, V)))
+    torch.testing.assert_close((gift - sft).abs().sum(-1), 2 * (1 - target.target_mass(base)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_keep_and_mass_hold_at_extreme_surprise(dtype: torch.dtype) -> None:
     logp = -torch.tensor([1e-12, 1e-3, 1.0, 10.0, 20.0, 100.0, 1e4], dtype=dtype)
     for beta in (0.0, 5.0, 20.0, 300.0):
-        keep, mass = Gift(beta).keep(logp, V), Gift(beta).mass(logp, V)
+        base = TokenStats(vocab_size=V, ref_logp=logp)
+        keep, mass = Gift(beta).keep(base), Gift(beta).target_mass(base)
         assert torch.isfinite(keep).all() and ((keep >= 0) & (keep <= 1)).all()
         p = logp.double().exp()
         odds = beta + torch.where(p < 1, (p / (1 - p)).log(), math.inf)
@@ -82,7 +86,7 @@ def test_keep_and_mass_hold_at_extreme_surprise(dtype: torch.dtype) -> None:
         ("gift", {"beta": math.nan}, "beta must be"),
         ("gift", {"beta": 1.0, "smothing": 0.1}, "did you mean 'smoothing'"),
         ("gift", {"beta": 1.0, "smoothing": 1.0}, "smoothing must lie"),
-        ("gift", {"beta": "high"}, "must be a number"),
+        ("gift", {"beta": "high"}, "must be a finite number"),
         ("sft", {"beta": 1.0}, "takes no hyper-parameters"),
     ],
 )

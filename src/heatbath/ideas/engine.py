@@ -5,26 +5,32 @@ the objective's own [C] vectors; its derivatives become six numbers per token an
 
     dz = π ∘ (a0 + a1·log π + a2·log p) + a3·p + a4 + a5·onehot(y)
 
-(derivation: docs/gift.md). `dense_loss` is the readable truth in plain autograd; `linear_loss` equals it in chunks.
+(derivation: docs/gift.md). `dense_loss` is the readable truth in plain autograd; `linear_loss` equals it in chunks,
+with the gradient formed during the forward pass; `linear_stats` gives the statistics, recomputed in backward.
 
-N supervised tokens, C tokens of one chunk, V vocabulary, d hidden width. π policy, p base.
+N supervised tokens, C tokens of one chunk, V vocabulary, d hidden width, M tokens of which the base's hidden state is
+known. π policy, p base. Sources: docs/gift.md; Liger-Kernel and TRL for forming gradients in forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from heatbath.ideas.objectives import DIFFERENTIABLE, STATS, Objective, TokenStats, needs_reference
-
-IGNORE = -100
-# Elements of one [C, V] buffer (128 MiB and 1 GiB in float32), and the fewest tokens C it may come down to: a CPU keeps
-# its GEMMs busy from about 256, a GPU is held up by the float32 accumulation of dW below about 1,024.
-CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
-CHUNK_FLOOR = {"cpu": 256, "cuda": 1024}
+from heatbath.ideas.passes import Inputs, Pass, accumulate_dtype
+from heatbath.ideas.rows import NEED_LOGITS, RowWork
+from heatbath.ideas.statistics import (
+    DIFFERENTIABLE,
+    IGNORE,
+    STATS,
+    TOPK,
+    Objective,
+    TokenStats,
+    needs_reference,
+)
 
 
 class LinearLoss(NamedTuple):
@@ -42,19 +48,30 @@ def dense_loss(
     *,
     ref_logits: Tensor | None = None,
     columns: Mapping[str, Tensor] | None = None,
+    segments: Tensor | None = None,
 ) -> Tensor:
     """Loss of each token by plain autograd over full logits, [N]; exactly 0 where the label is -100.
 
     `logits` and `ref_logits` are [N, V], `labels` [N], each row already aligned with the label it predicts (no shift
-    happens here); a column is [N]. Raises ValueError when the objective needs `ref_logits` and none are given.
+    happens here); a column is [N]; `segments` [N] numbers the sequence of each token. A logit of −inf (a padded
+    vocabulary) has probability 0. Raises ValueError when the objective needs `ref_logits`, columns or segments and none
+    are given.
     """
-    _require_reference(objective, ref_logits is not None)
+    _require(objective, ref_logits is not None, columns or {}, segments is not None)
     valid = labels != IGNORE
-    logp = logits[valid].to(_accumulate(logits.dtype)).log_softmax(-1)
-    ref = None if ref_logits is None else ref_logits[valid].to(_accumulate(ref_logits.dtype)).log_softmax(-1)
-    picked = {name: column[valid] for name, column in (columns or {}).items()}
-    stats = _statistics(set(objective.needs), logp, ref, labels[valid], picked)
-    return logits.new_zeros(labels.shape, dtype=logp.dtype).masked_scatter(valid, _per_token(objective, stats))
+    stats = _dense_statistics(
+        {*objective.needs, "logp", *getattr(objective, "sequence_needs", ())},
+        logits[valid],
+        None if ref_logits is None else ref_logits[valid],
+        labels[valid],
+        getattr(objective, "topk", TOPK),
+    )
+    stats.columns |= {name: column[valid] for name, column in (columns or {}).items()}
+    if segments is not None and hasattr(objective, "sequence_weights"):
+        with torch.no_grad():
+            stats.columns["sequence_weight"] = objective.sequence_weights(stats, segments[valid])
+    loss = _per_token(objective, stats)
+    return logits.new_zeros(labels.shape, dtype=loss.dtype).masked_scatter(valid, loss)
 
 
 def linear_loss(
@@ -66,18 +83,25 @@ def linear_loss(
     ref_hidden: Tensor | None = None,
     ref_head: Tensor | None = None,
     columns: Mapping[str, Tensor] | None = None,
-    chunk: int | None = None,
+    **options: Any,
 ) -> Tensor:
     """Sum over tokens of the objective's loss on logits `hidden @ head.T`, scalar; equals `dense_loss(...).sum()`.
 
     `hidden` [N, d], `head` [V, d], `labels` [N] (-100 is ignored), the base's `ref_hidden` [N, d'] and `ref_head`
-    [V, d']. The gradient is formed during the forward pass, so memory is one chunk of logits plus the gradients
-    themselves. Matrix products run in the autocast dtype where autocast is on, all else in float32 (float64 inputs:
-    float64). Double backward is refused. Raises ValueError when the objective needs the base and none is given.
+    [V, d'], a column [N]. The gradient is formed during the forward pass, so memory is one chunk of logits plus the
+    gradients themselves. Matrix products run in the autocast dtype where autocast is on, all else in float32 (float64
+    inputs: float64). A head that does not require a gradient costs no dW. Double backward is refused.
+
+    Options: `segments` [N], the sequence of each token, for objectives that weigh whole sequences. `ref_logp` [N], the
+    base's log-probability of each label where it is known already; `ref_rows` [M], the tokens of which `ref_hidden`
+    [M, d'] holds a row: at the others the base is taken to be certain of the label (`reference.py`, surprise cache).
+    `scale` and `softcap` c: logits c·tanh(scale·h·W / c) of policy and base. `chunk` tokens at once; `backend` "eager"
+    or "triton". Rows of a padded vocabulary take part; slice the head to leave them out.
+
+    Raises ValueError when the objective needs the base, columns or segments and they are not given.
     """
-    return linear_loss_with_sums(
-        objective, hidden, head, labels, ref_hidden=ref_hidden, ref_head=ref_head, columns=columns, chunk=chunk
-    ).loss
+    given = Inputs(hidden, head, labels, ref_hidden, ref_head, dict(columns or {}), **options)
+    return _linear_loss(objective, given, record=False).loss
 
 
 def linear_loss_with_sums(
@@ -89,202 +113,213 @@ def linear_loss_with_sums(
     ref_hidden: Tensor | None = None,
     ref_head: Tensor | None = None,
     columns: Mapping[str, Tensor] | None = None,
-    chunk: int | None = None,
+    **options: Any,
 ) -> LinearLoss:
     """`linear_loss` and, from the same pass, the token sums of `objective`, `nll`, `entropy`, `surprise` (where the
     objective reads the base) and of whatever the objective's `diagnostics(stats)` returns."""
-    _require_reference(objective, ref_hidden is not None and ref_head is not None)
+    given = Inputs(hidden, head, labels, ref_hidden, ref_head, dict(columns or {}), **options)
+    return _linear_loss(objective, given, record=True)
+
+
+def linear_stats(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    *,
+    need: Sequence[str] = ("logp",),
+    ref_hidden: Tensor | None = None,
+    ref_head: Tensor | None = None,
+    columns: Mapping[str, Tensor] | None = None,
+    topk: int = TOPK,
+    **options: Any,
+) -> TokenStats:
+    """The statistics named in `need` of each token, [N] (0 where the label is -100), differentiable where they can be.
+
+    Memory is one chunk of logits: backward computes them again. Inputs and options as in `linear_loss`.
+    """
+    given = Inputs(hidden, head, labels, ref_hidden, ref_head, dict(columns or {}), **options)
+    unknown = set(need).difference(STATS)
+    if unknown:
+        raise ValueError(f"unknown statistics {sorted(unknown)}; there are {', '.join(STATS)}")
     valid = labels != IGNORE
-    if not bool(valid.all()):
-        hidden, labels = hidden[valid], labels[valid]
-        ref_hidden = None if ref_hidden is None else ref_hidden[valid]
-        columns = {name: column[valid] for name, column in (columns or {}).items()}
-    sums: dict[str, Tensor] = {}
-    run = _Pass(objective, labels, ref_hidden, ref_head, dict(columns or {}), chunk, sums)
-    loss: Tensor = _LinearLoss.apply(hidden, head, run)  # type: ignore[no-untyped-call]
-    return LinearLoss(loss, labels.numel(), sums)
+    kept = given.at(valid)
+    if any(name in need for name in ("ref_ce", "rev_ce", "ref_entropy", "ref_logp")) and kept.ref_hidden is None:
+        raise ValueError("statistics of the base need its hidden states and head")
+    order = tuple(dict.fromkeys(need))
+    values = _LinearStats.apply(kept.scaled, kept.head, kept, order, topk)  # type: ignore[no-untyped-call]
+    out = {}
+    for name, value in zip(order, values, strict=True):
+        out[name] = value.new_zeros(labels.shape).masked_scatter(valid, value)
+    return TokenStats(vocab_size=head.shape[0], columns=columns, **out)
 
 
-def label_logps(hidden: Tensor, head: Tensor, labels: Tensor, *, chunk: int | None = None) -> Tensor:
-    """log π(y) of each token without gradient, [N] (0 where the label is -100); shapes as in `linear_loss`."""
-    out = hidden.new_zeros(labels.shape, dtype=_accumulate(hidden.dtype))
-    valid = (labels != IGNORE).nonzero().squeeze(-1)
-    project = _Projection(hidden, head)
+def label_logps(hidden: Tensor, head: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """log π(y) of each token without gradient, [N] (0 where the label is -100); inputs and options of `linear_loss`."""
     with torch.no_grad():
-        for rows in torch.split(valid, chunk or _chunk_size(head)):
-            logp = project.log_softmax(hidden[rows], labels[rows])
-            out[rows] = logp.gather(-1, labels[rows, None]).squeeze(-1)
-    return out
+        return linear_stats(hidden, head, labels, need=("logp",), **options).logp
 
 
-class _Pass(NamedTuple):
-    """Everything of one `linear_loss` call that autograd does not differentiate. Labels hold no -100."""
+def _linear_loss(objective: Objective, given: Inputs, *, record: bool) -> LinearLoss:
+    known = given.ref_logp is not None
+    needed = {*objective.needs, *getattr(objective, "sequence_needs", ())}
+    only_logp = not needed & {"ref_ce", "rev_ce", "ref_entropy"}
+    base = (given.ref_hidden is not None and given.ref_head is not None) or (known and only_logp)
+    _require(objective, base, given.columns, given.segments is not None)
+    valid = given.labels != IGNORE
+    kept = given if bool(valid.all()) else given.at(valid)
+    if hasattr(objective, "sequence_weights"):
+        with torch.no_grad():
+            kept.columns["sequence_weight"] = _sequence_weights(objective, kept)
+    sums: dict[str, Tensor] = {}
+    loss: Tensor = _LinearLoss.apply(kept.scaled, kept.head, objective, kept, sums if record else None)  # type: ignore[no-untyped-call]
+    return LinearLoss(loss, kept.labels.numel(), sums)
 
-    objective: Objective
-    labels: Tensor
-    ref_hidden: Tensor | None
-    ref_head: Tensor | None
-    columns: dict[str, Tensor]
-    chunk: int | None
-    sums: dict[str, Tensor]
+
+def _sequence_weights(objective: Any, given: Inputs) -> Tensor:
+    """The objective's own weights of whole sequences, [N], from one pass that computes log-probabilities only."""
+    stats: dict[str, Tensor] = {}
+    options = {"softcap": given.softcap, "scale": given.scale, "chunk": given.chunk, "backend": given.backend}
+    if "logp" in objective.sequence_needs:
+        stats["logp"] = label_logps(given.hidden, given.head, given.labels, **options)
+    if "ref_logp" in objective.sequence_needs:
+        known = given.ref_logp
+        if known is None:
+            assert given.ref_hidden is not None and given.ref_head is not None
+            known = label_logps(given.ref_hidden, given.ref_head, given.labels, **options)
+        stats["ref_logp"] = known
+    assert given.segments is not None
+    weights: Tensor = objective.sequence_weights(
+        TokenStats(vocab_size=given.head.shape[0], columns=given.columns, **stats), given.segments
+    )
+    return weights
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, run: _Pass) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, objective: Objective, given: Inputs, sums: dict[str, Tensor] | None
+    ) -> Tensor:
         need_dh, need_dw = ctx.needs_input_grad[:2]
-        project = _Projection(hidden, head)
-        base = None
-        if run.ref_hidden is not None and run.ref_head is not None and needs_reference(run.objective):
-            base = _Projection(run.ref_hidden, run.ref_head)
-        dh = torch.zeros_like(hidden) if need_dh else None
-        dw = torch.zeros_like(head, dtype=project.accumulate) if need_dw else None
+        need = need_dh or need_dw
+        wanted = {*objective.needs, "logp", *(("entropy",) if sums is not None else ())}
+        work = RowWork(
+            frozenset(wanted),
+            keep_logits=need and (bool(NEED_LOGITS.intersection(objective.needs)) or given.softcap is not None),
+            topk=getattr(objective, "topk", TOPK),
+            softcap=given.softcap,
+        )
+        run = Pass(given, work)
+        gradients = run.gradients(need_dh, need_dw)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        everything = torch.arange(len(run.labels), device=hidden.device)
-        for rows in torch.split(everything, run.chunk or _chunk_size(head)):
-            y, h = run.labels[rows], hidden[rows]
-            logp = project.log_softmax(h, y)  # [C, V]
-            ref = None if base is None or run.ref_hidden is None else base.log_softmax(run.ref_hidden[rows], y)
-            columns = {name: column[rows] for name, column in run.columns.items()}
-            loss, dz = _chunk_gradient(run.objective, logp, ref, y, columns, run.sums, need_dh or need_dw)
-            total += loss
-            if dz is not None:
-                project.accumulate_gradients(dz, h, rows, dh, dw)
-        ctx.save_for_backward(dh, None if dw is None else dw.to(head.dtype))
-        return total.to(project.accumulate)
+        for chunk in run.chunks():
+            stats = TokenStats(vocab_size=head.shape[0], columns=chunk.columns, **chunk.stats)
+            loss, slopes = _slopes(objective, stats, need)
+            total += loss.double().sum()
+            if sums is not None:
+                _record(objective, stats, loss, sums)
+            if need:
+                gradients.add(chunk, slopes)
+        ctx.gradients = gradients.take(head.dtype)
+        return total.to(run.accumulate)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        dh, dw = (None if g is None else g * upstream[0].to(g.dtype) for g in ctx.saved_tensors)
-        return dh, dw, None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("linear_loss has handed its gradient over: for a second backward call it again")
+        # Scaled in place and handed over: a second [V, d] tensor would cost as much as all the elementwise work.
+        dh, dw = (None if g is None else g.mul_(upstream[0].to(g.dtype)) for g in ctx.gradients)
+        ctx.gradients = None
+        return dh, dw, None, None, None
 
 
-class _Projection:
-    """Logits of one head, chunk by chunk, in the dtype autocast asks for, with the label's logit exact.
+class _LinearStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, given: Inputs, names: tuple[str, ...], topk: int
+    ) -> tuple[Tensor, ...]:
+        run = Pass(given, RowWork(frozenset(names), topk=topk, softcap=given.softcap))
+        out = {name: hidden.new_zeros(len(given.labels), dtype=run.accumulate) for name in names}
+        for chunk in run.chunks():
+            for name in names:
+                out[name][chunk.rows] = chunk.stats[name]
+        ctx.save_for_backward(hidden, head)
+        ctx.given, ctx.names = given, names
+        ctx.autocast = (torch.is_autocast_enabled(hidden.device.type), torch.get_autocast_dtype(hidden.device.type))
+        ctx.mark_non_differentiable(*(out[name] for name in names if name not in DIFFERENTIABLE))
+        return tuple(out[name] for name in names)
 
-    In 16-bit products a logit of size 20 is off by up to 0.06, which reaches π(y) and w as 6 %. The label's own logit
-    is therefore taken from a float32 dot product and written back before the softmax, so that log π(y) ≤ 0 holds.
-    """
-
-    def __init__(self, hidden: Tensor, head: Tensor):
-        kind = hidden.device.type
-        self.accumulate = _accumulate(hidden.dtype)
-        self.matmul = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        self.head = head.detach()
-        self.cast_head = self.head.to(self.matmul)
-
-    def log_softmax(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """log-softmax of the chunk's logits, [C, V] in the accumulation dtype."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = (hidden.detach().to(self.matmul) @ self.cast_head.T).to(self.accumulate)
-            if self.matmul != self.accumulate:
-                exact = (hidden.detach().to(self.accumulate) * self.head[labels].to(self.accumulate)).sum(-1)
-                logits.scatter_(-1, labels[:, None], exact[:, None])
-            return logits.sub_(logits.logsumexp(-1, keepdim=True))
-
-    def accumulate_gradients(
-        self, dz: Tensor, hidden: Tensor, rows: Tensor, dh: Tensor | None, dw: Tensor | None
-    ) -> None:
-        """Adds the chunk's dh = dz·W into its `rows` and dzᵀ·h into `dw`."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            dz = dz.to(self.matmul)
-            if dh is not None:
-                dh[rows] = (dz @ self.cast_head).to(dh.dtype)
-            if dw is not None:
-                h = hidden.detach().to(self.matmul)
-                if self.matmul == dw.dtype:
-                    dw.addmm_(dz.T, h)
-                else:
-                    dw.add_(dz.T @ h)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        given, (hidden, _) = ctx.given, ctx.saved_tensors
+        slopes = {n: g for n, g in zip(ctx.names, upstream, strict=True) if g is not None and n in DIFFERENTIABLE}
+        enabled, dtype = ctx.autocast
+        work = RowWork(
+            frozenset({*slopes, "logp"}),
+            keep_logits=bool(NEED_LOGITS.intersection(slopes)) or given.softcap is not None,
+            softcap=given.softcap,
+        )
+        with torch.autocast(hidden.device.type, dtype=dtype, enabled=enabled):
+            run = Pass(given, work)
+            gradients = run.gradients(*ctx.needs_input_grad[:2])
+            for chunk in run.chunks():
+                gradients.add(chunk, {name: g[chunk.rows].to(run.accumulate) for name, g in slopes.items()})
+        return *gradients.take(given.head.dtype), None, None, None
 
 
-def _chunk_gradient(
-    objective: Objective,
-    logp: Tensor,
-    ref: Tensor | None,
-    labels: Tensor,
-    columns: dict[str, Tensor],
-    sums: dict[str, Tensor],
-    need_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Loss of the chunk (float64 scalar) and its gradient in the logits [C, V], reusing the memory of `logp`."""
-    with torch.no_grad():
-        wanted = {*objective.needs, "logp", "entropy", *(("ref_logp",) if ref is not None else ())}
-        stats = _statistics(wanted, logp, ref, labels, columns)
-    leaves = {name: getattr(stats, name).detach() for name in DIFFERENTIABLE if name in objective.needs}
+def _slopes(objective: Objective, stats: TokenStats, need_gradient: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of each token, [C], detached, and its derivative in each differentiable statistic, [C]."""
+    leaves = {name: getattr(stats, name) for name in DIFFERENTIABLE if name in objective.needs}
     with torch.enable_grad():
         for name, leaf in leaves.items():
-            setattr(stats, name, leaf.requires_grad_(need_gradient))
+            setattr(stats, name, leaf.detach().requires_grad_(need_gradient))
         loss = _per_token(objective, stats)
         slopes: dict[str, Tensor] = {}
         if need_gradient and loss.requires_grad:
-            grads = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
+            inputs = [getattr(stats, name) for name in leaves]
+            grads = torch.autograd.grad(loss.sum(), inputs, allow_unused=True)
             slopes = {name: g for name, g in zip(leaves, grads, strict=True) if g is not None}
-    _record(objective, stats, loss, ref is not None, sums)
-    if not need_gradient:
-        return loss.detach().double().sum(), None
-    return loss.detach().double().sum(), _logit_gradient(slopes, stats, logp, ref, labels)
+    for name, leaf in leaves.items():
+        setattr(stats, name, leaf)
+    return loss.detach(), slopes
 
 
-def _logit_gradient(
-    slopes: dict[str, Tensor], stats: TokenStats, logp: Tensor, ref: Tensor | None, labels: Tensor
-) -> Tensor:
-    """Σ over statistics of slope · d(statistic)/dz, [C, V]."""
-    V = logp.shape[-1]
-    zero = torch.zeros_like(logp[:, 0])
-    a0, a1, a2, a3, a4, a5 = (zero.clone() for _ in range(6))
-    if (g := slopes.get("logp")) is not None:  # onehot − π
-        a0, a5 = a0 - g, a5 + g
-    if (g := slopes.get("entropy")) is not None:  # −π (log π + H)
-        a0, a1 = a0 - g * stats.entropy.detach(), a1 - g
-    if (g := slopes.get("mean_logp")) is not None:  # 1/V − π
-        a0, a4 = a0 - g, a4 + g / V
-    if (g := slopes.get("ref_ce")) is not None:  # π − p
-        a0, a3 = a0 + g, a3 - g
-    if (g := slopes.get("rev_ce")) is not None:  # −π (log p + rev_ce)
-        a0, a2 = a0 - g * stats.rev_ce.detach(), a2 - g
-    dz = logp.exp()
-    factor: Tensor = a0[:, None]
-    if "entropy" in slopes:
-        factor = factor + a1[:, None] * logp
-    if "rev_ce" in slopes and ref is not None:
-        factor = factor + a2[:, None] * ref
-    dz.mul_(factor)
-    if "ref_ce" in slopes and ref is not None:
-        dz.addcmul_(a3[:, None].expand_as(dz), ref.exp())
-    if "mean_logp" in slopes:
-        dz.add_(a4[:, None])
-    return dz.scatter_add_(-1, labels[:, None], a5[:, None])
+def _dense_statistics(wanted: set[str], z: Tensor, r: Tensor | None, labels: Tensor, topk: int) -> TokenStats:
+    """The wanted statistics in plain torch from logits [N, V]."""
+    logp = z.to(accumulate_dtype(z.dtype)).log_softmax(-1)
+    ref = None if r is None else r.to(accumulate_dtype(r.dtype)).log_softmax(-1)
 
+    def expected(p: Tensor, x: Tensor) -> Tensor:  # Σ_v p·x, where 0·(−inf) is 0
+        total: Tensor = torch.linalg.vecdot(p, x.masked_fill(x.isneginf() & (p == 0), 0.0))
+        return total
 
-def _statistics(
-    wanted: set[str], logp: Tensor, ref: Tensor | None, labels: Tensor, columns: Mapping[str, Tensor]
-) -> TokenStats:
-    """The wanted statistics from log-probabilities of the policy and, if any, of the base ([C, V] each)."""
-    unknown = wanted.difference(STATS)
-    if unknown:
-        raise ValueError(f"unknown statistics {sorted(unknown)}; an objective may need {', '.join(STATS)}")
     index = labels[:, None]
-    make: dict[str, Callable[[], Tensor]] = {
-        "logp": lambda: logp.gather(-1, index).squeeze(-1),
-        "entropy": lambda: -torch.linalg.vecdot(logp.exp(), logp),
-        "mean_logp": lambda: logp.mean(-1),
-    }
+    out = {"logp": logp.gather(-1, index).squeeze(-1)}
+    if "entropy" in wanted:
+        out["entropy"] = -expected(logp.exp(), logp)
+    if "mean_logp" in wanted:
+        out["mean_logp"] = logp.mean(-1)
+    if {"topk_entropy", "topk_mass"} & wanted:
+        best = logp.detach().topk(min(topk, logp.shape[-1]), -1).values
+        out["topk_entropy"] = -expected(best.softmax(-1), best.log_softmax(-1))
+        out["topk_mass"] = best.exp().sum(-1)
     if ref is not None:
-        base = ref
-        make |= {
-            "ref_ce": lambda: -torch.linalg.vecdot(base.exp(), logp),
-            "rev_ce": lambda: -torch.linalg.vecdot(logp.exp(), base),
-            "ref_logp": lambda: base.gather(-1, index).squeeze(-1),
-            "ref_entropy": lambda: -torch.linalg.vecdot(base.exp(), base),
+        p = ref.exp()
+        out |= {
+            "ref_ce": -expected(p, logp),
+            "rev_ce": -expected(logp.exp(), ref),
+            "ref_logp": ref.gather(-1, index).squeeze(-1),
+            "ref_entropy": -expected(p, ref),
         }
-    values = {name: make[name]() for name in wanted}
-    return TokenStats(**values, vocab_size=logp.shape[-1], columns=columns)
+    stats = TokenStats(vocab_size=z.shape[-1])
+    for name in wanted & out.keys():
+        setattr(stats, name, out[name])
+    return stats
 
 
 def _per_token(objective: Objective, stats: TokenStats) -> Tensor:
-    loss = objective(stats)
+    loss: Tensor = objective(stats)
     if loss.shape != stats.logp.shape:
         raise ValueError(
             f"{type(objective).__name__} returned shape {tuple(loss.shape)} for {tuple(stats.logp.shape)} tokens: "
@@ -293,13 +328,11 @@ def _per_token(objective: Objective, stats: TokenStats) -> Tensor:
     return loss
 
 
-def _record(
-    objective: Objective, stats: TokenStats, loss: Tensor, has_reference: bool, sums: dict[str, Tensor]
-) -> None:
+def _record(objective: Objective, stats: TokenStats, loss: Tensor, sums: dict[str, Tensor]) -> None:
     """Adds the chunk's token sums of everything worth logging."""
     with torch.no_grad():
         values = {"objective": loss, "nll": -stats.logp, "entropy": stats.entropy}
-        if has_reference:
+        if "ref_logp" in stats.__dict__:
             values["surprise"] = -stats.ref_logp
         diagnostics = getattr(objective, "diagnostics", None)
         if diagnostics is not None:
@@ -309,17 +342,16 @@ def _record(
             sums[name] = sums[name] + total if name in sums else total
 
 
-def _require_reference(objective: Objective, present: bool) -> None:
-    if needs_reference(objective) and not present:
-        raise ValueError(
-            f"{type(objective).__name__} reads the base model: pass its hidden states and head (or logits)"
-        )
-
-
-def _accumulate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _chunk_size(head: Tensor) -> int:
-    kind = "cpu" if head.device.type == "cpu" else "cuda"
-    return max(CHUNK_FLOOR[kind], CHUNK_ELEMENTS[kind] // head.shape[0])
+def _require(objective: Objective, base: bool, columns: Mapping[str, Tensor], segments: bool) -> None:
+    """Raises ValueError where the objective reads what the caller has not given."""
+    name = type(objective).__name__
+    unknown = set(objective.needs).difference(STATS)
+    if unknown:
+        raise ValueError(f"{name} needs unknown statistics {sorted(unknown)}; there are {', '.join(STATS)}")
+    if needs_reference(objective) and not base:
+        raise ValueError(f"{name} reads the base model: pass its hidden states and head (or logits)")
+    missing = [c for c in getattr(objective, "columns", ()) if c not in columns]
+    if missing:
+        raise ValueError(f"{name} reads the column '{missing[0]}', [N]: pass it in `columns`")
+    if hasattr(objective, "sequence_weights") and not segments:
+        raise ValueError(f"{name} weighs whole sequences: pass `segments` [N], the sequence of each token")
