@@ -9,45 +9,60 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from heatbath.cache import CachedBase, ReferenceCache
     from heatbath.errors import HeatbathError
-    from heatbath.ideas.engine import dense_loss, linear_loss
-    from heatbath.ideas.objectives import Objective, TokenStats, objective
+    from heatbath.ideas.engine import dense_loss, linear_loss, linear_stats
+    from heatbath.ideas.objectives import objective
     from heatbath.ideas.passk import mean_with_interval, paired_difference, pass_at_k
     from heatbath.ideas.policy import policy
-    from heatbath.reference import FrozenBase
+    from heatbath.ideas.statistics import Objective, TokenStats
+    from heatbath.reference import AdaptersOff, FrozenBase
+    from heatbath.stages.objective_trainer import ObjectiveMixin, ObjectiveTrainer
     from heatbath.stages.rl import PolicyTrainer
-    from heatbath.stages.sft import ObjectiveTrainer
+    from heatbath.stages.training import RowCollator
     from heatbath.verify.math import MathGrader
     from heatbath.verify.verdict import Verdict
 
 _HOMES = {
+    "CachedBase": "cache",
+    "ReferenceCache": "cache",
     "HeatbathError": "errors",
     "dense_loss": "ideas.engine",
     "linear_loss": "ideas.engine",
-    "Objective": "ideas.objectives",
-    "TokenStats": "ideas.objectives",
+    "linear_stats": "ideas.engine",
     "objective": "ideas.objectives",
     "mean_with_interval": "ideas.passk",
     "paired_difference": "ideas.passk",
     "pass_at_k": "ideas.passk",
     "policy": "ideas.policy",
+    "Objective": "ideas.statistics",
+    "TokenStats": "ideas.statistics",
+    "AdaptersOff": "reference",
     "FrozenBase": "reference",
+    "ObjectiveMixin": "stages.objective_trainer",
+    "ObjectiveTrainer": "stages.objective_trainer",
     "PolicyTrainer": "stages.rl",
-    "ObjectiveTrainer": "stages.sft",
+    "RowCollator": "stages.training",
     "MathGrader": "verify.math",
     "Verdict": "verify.verdict",
 }
 __all__ = [
+    "AdaptersOff",
+    "CachedBase",
     "FrozenBase",
     "HeatbathError",
     "MathGrader",
     "Objective",
+    "ObjectiveMixin",
     "ObjectiveTrainer",
     "PolicyTrainer",
+    "ReferenceCache",
+    "RowCollator",
     "TokenStats",
     "Verdict",
     "dense_loss",
     "linear_loss",
+    "linear_stats",
     "mean_with_interval",
     "objective",
     "paired_difference",

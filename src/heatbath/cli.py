@@ -145,6 +145,36 @@ def inspect(
 
 
 @app.command()
+def surprise(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; default runs/<recipe name>-surprise.")] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """How surprising the base finds the demonstrations, and what β would do: one pass, nothing is trained."""
+    import shlex
+
+    from rich.console import Console
+
+    from heatbath.progress import Progress
+    from heatbath.recipe import load
+
+    _settle_libraries(verbose)
+    loaded = load(recipe, overrides)
+    from heatbath.stages import surprise as stage
+
+    folder = out or Path("runs") / f"{Path(recipe).stem}-surprise"
+    command = shlex.join(["heatbath", *sys.argv[1:]])
+    found = stage.run_surprise(loaded, folder, command, Progress(quiet=json))
+    if json:
+        typer.echo(jsonlib.dumps(found, ensure_ascii=False))
+    else:
+        stage.show(found, Console(highlight=False))
+        typer.echo(f"page: {found['page']}")
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")], json: Json = False) -> None:
     """Write report.html, report.md and report.json of a run."""
     from heatbath.report.page import write_report

@@ -98,7 +98,8 @@ def _nats(recipe: Recipe, made: list[Any], pad_id: int) -> list[Any]:
     import torch
 
     from heatbath.errors import RecipeError
-    from heatbath.reference import FrozenBase, surprises
+    from heatbath.reference import FrozenBase
+    from heatbath.surprise import surprises
 
     if recipe.model is None:
         raise RecipeError("the base of this recipe is not made yet", "[pretrain]", "inspect a recipe that uses it")

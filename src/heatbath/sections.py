@@ -88,7 +88,8 @@ class Fields(Section):
 
     `solution` may name several fields, each with one solution of the problem, and a field may hold a list of them.
     `messages` names a field of chat messages instead: the last assistant turn is the solution, what stands before it
-    the problem. Of the answer field only what follows the last `answer_after` counts.
+    the problem. Of the answer field only what follows the last `answer_after` counts. `columns` are numbers that the
+    objective reads: one for the row, or one per supervised token. `kind` labels rows, for the surprise of each kind.
     """
 
     question: str = "question"
@@ -96,6 +97,8 @@ class Fields(Section):
     answer: str = "answer"
     messages: str | None = None
     answer_after: str | None = None
+    columns: list[str] = []
+    kind: str | None = None
 
 
 class TableData(Data):
@@ -243,11 +246,17 @@ class SFT(Optimizer):
     """The warm start. `batch` and `micro_batch` count sequences: per optimizer step, and per forward pass. `max_steps`
     ends before `epochs` do.
 
+    `reference` is where the base's view comes from: a frozen model (with LoRA the adapters off), or a cache on disk:
+    "hidden" states of every token, exact, or its "surprise" at every token and hidden states only where the target
+    leaves the base more than `epsilon`.
+
     More than 1 % of rows longer than `max_length` is an error unless `truncate`. `packing` lays the sequences of a
     micro-batch end to end instead of padding them; none sees another. `trainer` holds any field of `trl.SFTConfig`.
     """
 
     objective: ObjectiveSpec = Field(default_factory=lambda: ObjectiveSpec(name="sft"))
+    reference: Literal["model", "hidden", "surprise"] = "model"
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     reduction: Literal["token_mean", "sequence_sum", "microbatch_token_mean"] = "token_mean"
     lr: Finite = 1e-5
     epochs: Finite = 6

@@ -57,6 +57,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "most_surprising": [{"nats": 9.0, "before": "<b>", "token": HOSTILE}],
         "beta": 7.5,
         "smoothing": 0.0,
+        "floor": 0.0,
+        "objective": {key: value for key, value in betas[1].items() if key != "beta"},
         "vocab_size": 50,
     }
     run.write_json("surprise.json", profile)

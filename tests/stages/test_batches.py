@@ -12,14 +12,16 @@ from conftest import small_model, small_tokenizer
 from heatbath.data import arithmetic
 from heatbath.data.rendering import IGNORE, Rendered, render
 from heatbath.errors import RunError
-from heatbath.ideas.objectives import Gift, Sft
+from heatbath.ideas.gift import Gift
+from heatbath.ideas.objectives import Sft
 from heatbath.progress import Progress
 from heatbath.recipe import parse
 from heatbath.reference import AdaptersOff, FrozenBase
 from heatbath.run import Run
 from heatbath.sections import Lora
 from heatbath.stages.fused_forward import add_objective_forward
-from heatbath.stages.sft import ObjectiveTrainer, run_sft
+from heatbath.stages.objective_trainer import ObjectiveTrainer
+from heatbath.stages.sft import run_sft
 from heatbath.stages.training import RowCollator, lora_config, require_isolation
 
 

@@ -20,11 +20,14 @@ from heatbath import recipe as recipes
 from heatbath.data import arithmetic
 from heatbath.data.rendering import render
 from heatbath.errors import RunError
-from heatbath.ideas.objectives import Gift, Sft
+from heatbath.ideas.gift import Gift
+from heatbath.ideas.objectives import Sft
 from heatbath.progress import Progress
-from heatbath.reference import FrozenBase, profile, surprises
+from heatbath.reference import FrozenBase
 from heatbath.run import Run
-from heatbath.stages.sft import ObjectiveTrainer, run_sft
+from heatbath.stages.objective_trainer import ObjectiveTrainer
+from heatbath.stages.sft import run_sft
+from heatbath.surprise import profile, surprises
 
 BETA = 3.0
 
@@ -183,8 +186,8 @@ def test_surprise_is_the_bases_cross_entropy_whatever_the_batch() -> None:
         z = model(torch.tensor([row.input_ids])).logits[0, :-1].log_softmax(-1)
         labels = torch.tensor(row.labels)[1:]
         expected.append(-z[labels != -100].gather(-1, labels[labels != -100, None]).squeeze(-1))
-    for batch in (1, 3, 16):
-        found = surprises(FrozenBase(model), rows, pad_id=1, batch=batch)
+    for tokens in (1, 150, 8192):
+        found = surprises(FrozenBase(model), rows, pad_id=1, tokens=tokens)
         for f, e in zip(found, expected, strict=True):
             torch.testing.assert_close(torch.from_numpy(f), e.detach())
 
@@ -194,7 +197,7 @@ def test_profile_shares_and_suggested_beta_agree_with_their_definition(smoothing
     V = small_model().config.vocab_size
     rows = demonstrations(40)
     nats = surprises(FrozenBase(small_model(1)), rows, pad_id=1)
-    found = profile(rows, nats, small_tokenizer(), vocab_size=V, beta=2.5, smoothing=smoothing)
+    found = profile(rows, nats, small_tokenizer(), Gift(2.5, smoothing), vocab_size=V)
     p = torch.cat([torch.from_numpy(-n).exp() for n in nats])
     p = (1 - smoothing) * p + smoothing / V
     assert 2.5 in [entry["beta"] for entry in found["betas"]]

@@ -109,7 +109,7 @@ def rows(sums: list[Sum], forms: tuple[str, ...], *, paths: int, label_noise: fl
             if rng.random() < label_noise:
                 solution = flawed(solution, problem.answer, rng)
             question = f"What is {problem.a} {problem.operation} {problem.b}?"
-            yield Row(question, solution, str(problem.answer), origin=f"problem {number}")
+            yield Row(question, solution, str(problem.answer), origin=f"problem {number}", kind=form)
 
 
 def _apply(x: int, y: int, operation: str) -> int:

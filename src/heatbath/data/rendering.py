@@ -5,7 +5,7 @@ Training, RL and evaluation all call `prompt_ids`, so a model is never asked in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from heatbath.data.rows import Row
@@ -19,11 +19,15 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Rendered:
-    """One demonstration: ids, and labels equal to them where supervised (solution and EOS), -100 elsewhere."""
+    """One demonstration: ids, and labels equal to them where supervised (solution and EOS), -100 elsewhere.
+
+    `columns` are numbers of the row that an objective reads, one per token (0 where it is not supervised).
+    """
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool
+    columns: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def supervised(self) -> int:
@@ -77,7 +81,24 @@ def render(
     ids = prompt + completion
     labels = [IGNORE] * len(prompt) + completion
     cut = max_length is not None and len(ids) > max_length
-    return Rendered(ids[:max_length], labels[:max_length], truncated=cut)
+    columns = {
+        name: ([0.0] * len(prompt) + _per_token(name, value, len(completion), row))[:max_length]
+        for name, value in row.columns.items()
+    }
+    return Rendered(ids[:max_length], labels[:max_length], truncated=cut, columns=columns)
+
+
+def _per_token(name: str, value: float | list[float], tokens: int, row: Row) -> list[float]:
+    """A column's numbers at the supervised tokens. Raises DataError where there are not as many as tokens."""
+    if isinstance(value, int | float):
+        return [float(value)] * tokens
+    if len(value) != tokens:
+        raise DataError(
+            f"the column '{name}' holds {len(value)} numbers for {tokens} supervised tokens (the solution's and EOS)",
+            place(row),
+            "give one number for the row, or one per supervised token of this very tokenizer and template",
+        )
+    return [float(x) for x in value]
 
 
 def _without_closing(tokenizer: PreTrainedTokenizerBase, completion: list[int]) -> list[int]:

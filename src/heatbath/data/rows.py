@@ -16,7 +16,8 @@ class Row:
     """A problem, and where known one worked solution and its final answer.
 
     `history` holds the turns before the question as (role, content); `origin` is where the row came from, in the
-    user's words.
+    user's words, and `kind` the part of the data it belongs to (a form, a field, the user's own label). `columns` are
+    numbers that an objective reads: one for the row, or one per supervised token.
     """
 
     question: str
@@ -24,6 +25,8 @@ class Row:
     answer: str | None = None
     history: tuple[tuple[str, str], ...] = ()
     origin: str = field(default="", compare=False)
+    kind: str = field(default="", compare=False)
+    columns: dict[str, float | list[float]] = field(default_factory=dict, compare=False)
 
     @property
     def id(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -212,12 +212,14 @@ def _rows(record: dict[str, Any], where: str, fields: Fields, need: tuple[str, .
     """The rows of one record: one for each of its first `most` solutions, or one without. `need` names what its split
     cannot do without."""
     history: tuple[tuple[str, str], ...] = ()
+    several: list[str] = []  # the field that each solution came from, where there are several
     if fields.messages is not None:
         history, question, solutions = _conversation(record, fields.messages, where)
     else:
         question = _required(record, fields.question, "question", where)
         names = [fields.solution] if isinstance(fields.solution, str) else fields.solution
         solutions = [text for name in names for text in _texts(record, name, where)]
+        several = [name for name in names for _ in _texts(record, name, where)] if len(names) > 1 else []
     if "solution" in need and not solutions:
         if fields.messages is not None:
             raise DataError(f"no assistant turn ends '{fields.messages}'", where, "a demonstration ends in the answer")
@@ -229,8 +231,29 @@ def _rows(record: dict[str, Any], where: str, fields: Fields, need: tuple[str, .
         answer = _after(answer, fields.answer_after, where)
     if "answer" in need and answer is None:
         raise _missing(record, fields.answer, "answer", where)
-    chosen: Iterable[str | None] = solutions[:most] or [None]
-    return [Row(question, solution, answer, history, origin=where) for solution in chosen]
+    kind = _text(record.get(fields.kind), fields.kind, where) or "" if fields.kind is not None else ""
+    columns = {name: _numbers(record, name, where) for name in (fields.columns if "solution" in need else ())}
+    chosen: list[str | None] = [*solutions[:most]] or [None]
+    kinds = several[:most] if several and not kind else [kind] * len(chosen)
+    return [
+        Row(question, solution, answer, history, where, kind=of, columns=columns)
+        for solution, of in zip(chosen, kinds or [""] * len(chosen), strict=True)
+    ]
+
+
+def _numbers(record: dict[str, Any], name: str, where: str) -> float | list[float]:
+    """A column for the objective: one number, or a list of them."""
+    value = record.get(name)
+    if value is None:
+        raise _missing(record, name, "columns", where)
+    values = value if isinstance(value, list) else [value]
+    try:
+        numbers = [float(v) for v in values]
+    except (TypeError, ValueError):
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
+        raise DataError(f"the column '{name}' holds something that is no number", where, "write finite numbers")
+    return numbers if isinstance(value, list) else numbers[0]
 
 
 def _conversation(record: dict[str, Any], name: str, where: str) -> tuple[tuple[tuple[str, str], ...], str, list[str]]:

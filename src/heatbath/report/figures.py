@@ -12,7 +12,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from heatbath.ideas.objectives import Gift
+from heatbath.ideas.gift import Gift
+from heatbath.ideas.statistics import TokenStats
 
 # A colour here stands for the page's CSS variable of that name; `_themed` swaps them in the SVG.
 INK, GRID, MUTED = "#010101", "#020202", "#030303"
@@ -88,7 +89,8 @@ def surprise(profile: dict[str, Any]) -> str:
     used = profile["beta"] is not None
     beta = float(profile["beta"] if used else profile["suggested_beta"])
     nats = np.linspace(1e-3, max(last, beta + 2), 400)
-    w = Gift(beta, profile["smoothing"]).mass(torch.from_numpy(-nats), profile["vocab_size"]).numpy()
+    at = TokenStats(vocab_size=profile["vocab_size"], ref_logp=torch.from_numpy(-nats))
+    w = Gift(beta, profile["smoothing"], profile["floor"]).target_mass(at).numpy()
     right = axes.twinx()
     right.plot(nats, w, color=COLOURS["init"], linewidth=2)
     right.axvline(beta, color=COLOURS["init"], linewidth=1, linestyle=":")

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from heatbath import recipe as recipes
 from heatbath.report import figures, tables
 from heatbath.run import Run, write_atomically
+from heatbath.surprise import reading
 from heatbath.verify.verdict import STATUSES
 
 EXAMPLES = 6
@@ -20,16 +21,39 @@ EXAMPLES = 6
 def write_report(run: Run) -> dict[str, Path]:
     """Writes report.html, report.md and report.json into the run's folder from whatever stages it has finished."""
     found = gather(run)
-    environment = Environment(
-        loader=PackageLoader("heatbath", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     paths = {kind: run.folder / f"report.{kind}" for kind in ("html", "md", "json")}
     drawn = {name: Markup(svg) for name, svg in _figures(found).items()}  # our own drawing, not model output
-    write_atomically(paths["html"], environment.get_template("page.html").render({**found, "figures": drawn}))
+    write_atomically(paths["html"], rendered("page.html", {**found, "figures": drawn}))
     write_atomically(paths["md"], _markdown(found))
     keep = ("title", "verdict", "results", "surprise", "caveats", "command", "facts", "sft", "rl")
     write_atomically(paths["json"], json.dumps({k: found[k] for k in keep}, indent=1, ensure_ascii=False) + "\n")
     return paths
+
+
+def rendered(template: str, values: dict[str, Any]) -> str:
+    """The page of that template; every value is escaped that is not our own drawing."""
+    environment = Environment(
+        loader=PackageLoader("heatbath", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(template).render(values)
+
+
+def write_surprise(folder: Path, found: dict[str, Any], command: str) -> Path:
+    """Writes surprise.html of a profile with its cache sizes; returns its path."""
+    values = {
+        "title": f"What β does: {found['model']}",
+        "subtitle": f"{found['rows']:,} demonstrations, {found['tokens']:,} supervised tokens",
+        "surprise": found,
+        "surprise_text": _surprise_text(found),
+        "kind_rows": tables.kind_rows(found),
+        "cache_rows": tables.cache_rows(found),
+        "cache_text": tables.cache_text(found),
+        "command": command,
+        "open_details": True,
+        "figures": {"surprise": Markup(figures.surprise(found))},
+    }
+    write_atomically(folder / "surprise.html", rendered("surprise.html", values))
+    return folder / "surprise.html"
 
 
 def gather(run: Run) -> dict[str, Any]:
@@ -49,6 +73,8 @@ def gather(run: Run) -> dict[str, Any]:
         "verdict_rows": _verdict_rows(results) if results else [],
         "surprise": surprise,
         "surprise_text": _surprise_text(surprise) if surprise else "",
+        "kind_rows": tables.kind_rows(surprise) if surprise else [],
+        "open_details": False,
         "sft": sft,
         "rl": rl,
         "sft_caption": _sft_caption(sft) if sft else "",
@@ -79,8 +105,15 @@ def _objective(recipe: recipes.Recipe) -> str:
     assert recipe.sft is not None
     spec = recipe.sft.objective
     names = {"beta": "β", "smoothing": "λ"}
-    hyper = ", ".join(f"{names.get(k, k)} = {v:g}" for k, v in spec.hyper.items())
-    return f"{spec.name.upper()} ({hyper})" if hyper else spec.name.upper()
+    hyper = ", ".join(f"{names.get(k, k)} = {_hyper(v)}" for k, v in spec.hyper.items())
+    name = spec.name.upper() if ":" not in spec.name else spec.name.rpartition(":")[2]
+    return f"{name} ({hyper})" if hyper else name
+
+
+def _hyper(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_hyper(v)}" for k, v in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _verdict(results: dict[str, Any]) -> str:
@@ -112,18 +145,15 @@ def _verdict_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def _surprise_text(profile: dict[str, Any]) -> str:
-    beta = profile["beta"]
+    own = profile["objective"]
     tail = f"A share of {profile['suggested_share']:.0%} would be β = {profile['suggested_beta']:.1f}."
-    if beta is None:
+    if own is None:
         return f"This start does not use β. {tail}"
-    share = next(b for b in profile["betas"] if b["beta"] == beta)["w_below_0.5"]
-    if share < 0.001:
-        reading = "so few that GIFT is SFT in all but name here."
-    elif share > 0.05:
-        reading = "enough that the start may be neither base nor expert."
-    else:
-        reading = "GIFT differs from SFT here; whether for the better, only a comparison with SFT tells."
-    return f"β = {beta:g} leaves {share:.2%} of the supervised tokens to the base (w < 0.5): {reading} {tail}"
+    told = reading(own).lstrip("; ")
+    told = told or "GIFT differs from SFT here; whether for the better, only a comparison with SFT tells"
+    name = "The target" if profile["beta"] is None else f"β = {profile['beta']:.4g}"
+    share = f"{own['w_below_0.5']:.2%}"
+    return f"{name} leaves {share} of the supervised tokens to the base (w < 0.5): {told}. {tail}"
 
 
 def _sft_caption(rows: list[dict[str, Any]]) -> str:

@@ -56,3 +56,44 @@ def markdown_results(results: dict[str, Any]) -> str:
     if results["differences"]:
         tables.append(markdown(difference_rows(results)))
     return "\n\n".join(tables)
+
+
+def kind_rows(profile: dict[str, Any]) -> list[list[str]]:
+    """Header and one row per kind of demonstration: how surprising the base finds it."""
+    rows = [["kind", "rows", "tokens", "mean nats", "99 % below", "w < 0.5"]]
+    for kind, k in profile["kinds"].items():
+        left = f"{k['w_below_0.5']:.2%}" if "w_below_0.5" in k else ""
+        rows.append([kind, f"{k['rows']:,}", f"{k['tokens']:,}", f"{k['mean']:.2f}", f"{k['q99']:.1f}", left])
+    return rows
+
+
+def beta_rows(profile: dict[str, Any]) -> list[list[str]]:
+    """Header and one row per β: the share of tokens below each w, and the mean keep."""
+    rows = [["β", "w < 0.99", "w < 0.5", "w < 0.1", "mean keep"]]
+    for b in profile["betas"]:
+        shares = [f"{b[f'w_below_{w}']:.2%}" for w in ("0.99", "0.5", "0.1")]
+        rows.append([f"{b['beta']:.4g}", *shares, f"{b['keep']:.4f}"])
+    return rows
+
+
+def cache_rows(profile: dict[str, Any]) -> list[list[str]]:
+    """Header and one row per reference cache: what it would take on disk."""
+    sizes = profile["caches"]
+    rows = [["sft.reference", "bytes", "hidden states of"], ["hidden", _size(sizes["hidden"]), "every token"]]
+    if "surprise" in sizes:
+        share = sizes["surprise_tokens"] / max(profile["tokens"], 1)
+        rows.append(["surprise", _size(sizes["surprise"]), f"{sizes['surprise_tokens']:,} tokens ({share:.1%})"])
+    return rows
+
+
+def cache_text(profile: dict[str, Any]) -> str:
+    """What the caches leave out of the count, and what is in the one on this machine."""
+    return f"Beside them the base's head, {_size(profile['caches']['head'])}, once. Filled so far: {profile['cache']}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

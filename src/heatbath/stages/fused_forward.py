@@ -8,38 +8,32 @@ head's weights at hand; the trainer outside only normalises and logs.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from heatbath.data.rendering import IGNORE
-from heatbath.errors import RunError
-from heatbath.ideas.engine import linear_loss_with_sums
-from heatbath.ideas.objectives import Objective, needs_reference
+from heatbath.heads import logit_transform, output_head
+from heatbath.ideas.engine import linear_loss_with_sums, linear_stats
+from heatbath.ideas.statistics import Objective, needs_reference
+from heatbath.reference import at_supervised, segment_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from heatbath.reference import Reference
 
-# Config keys by which some families transform the logits after the head; the engine multiplies by the head alone.
-LOGIT_TRANSFORMS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "output_multiplier",
-    "lm_head_multiplier",
-    "logits_scaling",
-)
-
 
 def add_objective_forward(model: PreTrainedModel) -> None:
-    """Makes `model(input_ids, attention_mask, labels, objective=…, reference=…)` return a dict with the summed loss,
-    the number of supervised tokens, and the token sums of what is logged. Call it after TRL has patched `forward`.
+    """Makes `model(input_ids, attention_mask, labels, objective=…, reference=…, columns=…)` return a dict with the
+    summed loss, the number of supervised tokens, and the token sums of what is logged; and with `statistics=("logp",)`
+    in place of an objective a `TokenStats` of the supervised tokens. Call it after TRL has patched `forward`.
 
-    Raises RunError for heads that the engine does not cover.
+    A column is [B, T], aligned with the labels. Raises RunError for heads that the engine does not cover.
     """
-    _require_plain_head(model)
+    transform = logit_transform(model)
     trl_forward = model.forward
 
     @functools.wraps(type(model).forward)  # generate() validates its arguments against this signature
@@ -48,44 +42,30 @@ def add_objective_forward(model: PreTrainedModel) -> None:
         *args: Any,
         objective: Objective | None = None,
         reference: Reference | None = None,
+        columns: Mapping[str, Tensor] | None = None,
+        statistics: tuple[str, ...] = (),
         **kwargs: Any,
     ) -> Any:
-        if objective is None:
+        if objective is None and not statistics:
             return trl_forward(*args, **kwargs)
         labels: Tensor = kwargs.pop("labels")
         kwargs.pop("use_cache", None)
-        target = labels[:, 1:].flatten()
-        rows = (target != IGNORE).nonzero().squeeze(-1)
-
-        def at_supervised(hidden: Tensor) -> Tensor:  # [B, T, d] -> [N, d]; position t predicts token t + 1
-            return hidden[:, :-1].flatten(0, 1)[rows]
-
-        ref_hidden = ref_head = None
-        if reference is not None and needs_reference(objective):  # first: adapters are back on before the graph is made
-            ref_hidden, ref_head = at_supervised(reference.hidden(**kwargs)), reference.head
-        hidden = at_supervised(self.base_model(*args, **kwargs, use_cache=False).last_hidden_state)
-        loss, tokens, sums = linear_loss_with_sums(
-            objective,
-            hidden,
-            self.get_output_embeddings().weight,
-            target[rows],
-            ref_hidden=ref_hidden,
-            ref_head=ref_head,
-        )
+        kwargs.pop("num_items_in_batch", None)  # transformers hands it to models that would divide their own loss
+        target = labels[:, 1:]
+        supervised = target != IGNORE
+        options: dict[str, Any] = dict(transform)
+        if objective is not None:
+            options["columns"] = {name: column[:, 1:][supervised] for name, column in (columns or {}).items()}
+            options["segments"] = segment_ids(kwargs, labels)[:, 1:][supervised]
+            if reference is not None and needs_reference(objective):  # first: adapters are on again for the graph
+                view = reference.view(kwargs, labels)
+                options |= {"ref_hidden": view.hidden, "ref_head": reference.head}
+                options |= {"ref_logp": view.logp, "ref_rows": view.rows}
+        hidden = at_supervised(self.base_model(*args, **kwargs, use_cache=False).last_hidden_state, labels)
+        head = output_head(self)
+        if objective is None:
+            return linear_stats(hidden, head, target[supervised], need=statistics, **options)
+        loss, tokens, sums = linear_loss_with_sums(objective, hidden, head, target[supervised], **options)
         return {"loss": loss, "tokens": tokens, "sums": sums}
 
     model.forward = MethodType(forward, model)
-
-
-def _require_plain_head(model: PreTrainedModel) -> None:
-    config = model.config.get_text_config()
-    transforms = [k for k in LOGIT_TRANSFORMS if getattr(config, k, None) not in (None, 1, 1.0)]
-    if transforms:
-        raise RunError(
-            f"the model transforms its logits ({', '.join(transforms)}), which the engine does not cover",
-            "model",
-            "use a model without logit scaling or soft-capping",
-        )
-    head = model.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        raise RunError("the model's head has a bias, which the engine does not cover", "model", "use another model")

@@ -25,7 +25,8 @@ from heatbath.data.rows import Row
 from heatbath.ideas.objectives import objective
 from heatbath.progress import Progress
 from heatbath.run import Run
-from heatbath.stages.sft import ObjectiveTrainer, dataset, total_steps
+from heatbath.stages.objective_trainer import ObjectiveTrainer
+from heatbath.stages.sft import dataset, total_steps
 from heatbath.stages.training import RowCollator, log_to_run, optimizer_arguments, save_policy, train
 
 if TYPE_CHECKING:

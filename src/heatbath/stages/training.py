@@ -135,29 +135,44 @@ class RowCollator:
     """Rows of `input_ids` and `labels` to a batch: padded on the right, or laid end to end in one row.
 
     End to end, `position_ids` start anew with each sequence, by which transformers keeps one from attending to another,
-    and the first token of each is never a target. Nothing is masked by token id.
+    and the first token of each is never a target. Nothing is masked by token id. Every other key of the rows is a
+    column for the objective, a number or one per token: `columns`, name → [B, T], aligned with the labels.
     """
 
     pad_id: int
     packing: bool = False
 
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        names = [name for name in rows[0] if name not in ("input_ids", "labels")]
+        columns = {name: [_per_token(row, name) for row in rows] for name in names}
         if self.packing:
-            return {
+            batch: dict[str, Any] = {
                 "input_ids": torch.tensor([[i for row in rows for i in row["input_ids"]]]),
                 "labels": torch.tensor([[x for row in rows for x in (IGNORE, *row["labels"][1:])]]),
                 "position_ids": torch.tensor([[k for row in rows for k in range(len(row["input_ids"]))]]),
             }
+            packed = {name: torch.tensor([[x for row in values for x in row]]) for name, values in columns.items()}
+            return batch | ({"columns": packed} if packed else {})
         width = max(len(row["input_ids"]) for row in rows)
 
-        def padded(values: list[list[int]], fill: int) -> torch.Tensor:
-            return torch.tensor([v + [fill] * (width - len(v)) for v in values])
+        def padded(values: list[list[Any]], fill: float) -> torch.Tensor:
+            return torch.tensor([[*v, *[fill] * (width - len(v))] for v in values])
 
-        return {
+        batch = {
             "input_ids": padded([row["input_ids"] for row in rows], self.pad_id),
             "labels": padded([row["labels"] for row in rows], IGNORE),
             "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
         }
+        filled = {name: padded(values, 0.0) for name, values in columns.items()}
+        return batch | ({"columns": filled} if filled else {})
+
+
+def _per_token(row: dict[str, Any], name: str) -> list[float]:
+    value = row[name]
+    values = [float(value)] * len(row["input_ids"]) if isinstance(value, int | float) else [float(x) for x in value]
+    if len(values) != len(row["input_ids"]):
+        raise ValueError(f"the column '{name}' holds {len(values)} numbers for {len(row['input_ids'])} tokens")
+    return values
 
 
 @torch.no_grad()

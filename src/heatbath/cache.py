@@ -1,0 +1,361 @@
+"""What the base says about each supervised token, kept on disk, so that training needs no base body.
+
+For every token of a row log p_base(y), 4 bytes; and the base's hidden state either everywhere (`hidden`, exact) or only
+where the objective's target leaves the base more than ε (`surprise`). The base's head is kept once.
+
+Nothing in it can be stale: a folder is named by the base's every weight, its configuration and the precision of its
+products, and a row within it by its token ids and labels, in which its text, the chat template and the tokenizer are.
+Rows are written in shards that take their name only when complete; an interrupted fill goes on after the last of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from heatbath.data.rendering import IGNORE, Rendered
+from heatbath.errors import RunError
+from heatbath.ideas.statistics import Objective, TokenStats
+from heatbath.reference import BaseView, FrozenBase, base_pass, sequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EPSILON = 1e-3
+SHARD_TOKENS = 2**20  # a fill loses at most so many supervised tokens to a kill
+SHARD_BYTES = 2**28
+STORED = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+
+# Which tokens' hidden states a row must have: of its log p_base [n] and columns, a mask [n].
+Needed = Callable[[Tensor, dict[str, Tensor]], Tensor]
+
+
+def nothing(logp: Tensor, columns: dict[str, Tensor]) -> Tensor:
+    """No hidden state at all: log p_base alone."""
+    return torch.zeros(len(logp), dtype=torch.bool)
+
+
+def everything(logp: Tensor, columns: dict[str, Tensor]) -> Tensor:
+    """The hidden state of every token: exact for any objective."""
+    return torch.ones(len(logp), dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class NeededBy:
+    """The tokens whose target leaves the base more than `epsilon`: 1 − w > ε under the objective's smallest β."""
+
+    objective: Any
+    vocab_size: int
+    epsilon: float = EPSILON
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.objective, "target_mass"):
+            raise RunError(
+                f"{type(self.objective).__name__} is not the base lifted at one token: it needs the base everywhere",
+                "sft.reference",
+                'take "hidden" or "model"',
+            )
+
+    def __call__(self, logp: Tensor, columns: dict[str, Tensor]) -> Tensor:
+        goal = self.objective.most_cautious() if hasattr(self.objective, "most_cautious") else self.objective
+        stats = TokenStats(vocab_size=self.vocab_size, ref_logp=logp.double(), columns=columns)
+        if hasattr(goal, "sequence_weights"):
+            one = torch.zeros(len(logp), dtype=torch.long)
+            stats.columns["sequence_weight"] = goal.sequence_weights(stats, one)
+        left: Tensor = 1 - goal.target_mass(stats) > self.epsilon
+        return left
+
+
+@dataclass(frozen=True)
+class CachedRow:
+    """Of one row: log p_base [n] of its supervised tokens, and the hidden states [m, d] at the positions `held` [m]."""
+
+    logp: Tensor
+    hidden: Tensor
+    held: Tensor
+
+
+class ReferenceCache:
+    """The cache of one base model. `fill` adds rows, `row` reads one by its token ids and labels."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        meta = json.loads((folder / "meta.json").read_text())
+        self.dtype = STORED[meta["dtype"]]
+        self.vocab_size, self.width = meta["vocab_size"], meta["width"]
+        self._shards: dict[str, _Shard] = {}
+        self._where: dict[bytes, tuple[_Shard, int]] = {}
+        self._read_shards()
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, root: Path, autocast: torch.dtype | None = None) -> ReferenceCache:
+        """The cache of that base under `root`, made where there is none yet. Reads every weight (about 1 s per GB)."""
+        dtype = autocast or model.get_output_embeddings().weight.dtype
+        name = str(dtype).removeprefix("torch.")
+        folder = root / f"{weights_hash(model)[:24]}-{name}"
+        if not (folder / "meta.json").is_file():
+            head = model.get_output_embeddings().weight.detach()
+            with _made_whole(folder) as unfinished:
+                np.save(unfinished / "head.npy", _to_numpy(head))
+                meta = {"dtype": name, "head": str(head.dtype).removeprefix("torch."), "width": head.shape[1]}
+                (unfinished / "meta.json").write_text(json.dumps({**meta, "vocab_size": head.shape[0]}))
+        return cls(folder)
+
+    @property
+    def head(self) -> Tensor:
+        """The base's output embedding, [V, d]."""
+        meta = json.loads((self.folder / "meta.json").read_text())
+        return _to_torch(np.load(self.folder / "head.npy"), STORED[meta["head"]])
+
+    def missing(self, rows: Sequence[Rendered], needed: Needed) -> list[int]:
+        """Numbers of the rows that are not there, or lack a hidden state that is needed."""
+        found = []
+        for number, row in enumerate(rows):
+            held = self._held(row)
+            if held is None or bool((needed(held[0], token_columns(row)) & ~held[1]).any()):
+                found.append(number)
+        return found
+
+    def _held(self, row: Rendered) -> tuple[Tensor, Tensor] | None:
+        """log p_base and whether the hidden state is there, [n] each, without reading a hidden state."""
+        place = self._where.get(row_key(row.input_ids, row.labels))
+        if place is None:
+            return None
+        shard, number = place
+        logp, where = shard.tokens(number)
+        return torch.from_numpy(logp.copy()), torch.from_numpy(where >= 0)
+
+    def fill(
+        self,
+        base: FrozenBase,
+        rows: Sequence[Rendered],
+        needed: Needed,
+        *,
+        pad_id: int,
+        autocast: torch.dtype | None = None,
+        said: Callable[[int], None] = lambda count: None,
+    ) -> int:
+        """Adds what is missing of the rows, in one pass of the base over them; returns how many rows it passed over.
+        `said` hears the number of rows done. Killed and called again it goes on after its last whole shard."""
+        with FileLock(self.folder / ".lock"):
+            self._read_shards()
+            wanted = self.missing(rows, needed)
+            shard = _NewShard(self)
+            todo = [rows[i] for i in wanted]
+            found = base_pass(base, todo, pad_id=pad_id, autocast=autocast)
+            for done, (number, hidden, logp) in enumerate(found, 1):
+                row = todo[number]
+                mask = needed(logp, token_columns(row))
+                before = self._held(row)
+                if before is not None:  # what an earlier recipe needed stays
+                    mask = mask | before[1]
+                shard.add(row_key(row.input_ids, row.labels), logp, mask, hidden)
+                said(done)
+                if shard.full:
+                    shard.write()
+                    shard = _NewShard(self)
+            shard.write()
+            self._read_shards()
+            return len(todo)
+
+    def row(self, input_ids: Sequence[int], labels: Sequence[int]) -> CachedRow | None:
+        """What is known of a row, or None."""
+        place = self._where.get(row_key(input_ids, labels))
+        if place is None:
+            return None
+        shard, number = place
+        logp, where = shard.tokens(number)
+        held = np.flatnonzero(where >= 0)
+        hidden = shard.hidden(where[held])
+        return CachedRow(torch.from_numpy(logp.copy()), _to_torch(hidden, self.dtype), torch.from_numpy(held))
+
+    def logp(self, row: Rendered) -> Tensor:
+        """log p_base of the row's supervised tokens, [n]. Raises RunError where the row is not in the cache."""
+        held = self._held(row)
+        if held is None:
+            raise RunError("the reference cache does not hold a row", str(self.folder), "fill it with these rows first")
+        return held[0]
+
+    def _read_shards(self) -> None:
+        for path in sorted(self.folder.glob("shard-*")):
+            if path.name not in self._shards:
+                shard = self._shards[path.name] = _Shard(path)
+                for number, key in enumerate(shard.keys):  # a later shard knows more about the same row
+                    self._where[key] = (shard, number)
+
+
+class CachedBase:
+    """The base from a `ReferenceCache`: no base body in memory, only its head.
+
+    A batch's sequences are found by their own token ids and labels, so padding, packing, order, accumulation and ranks
+    make no difference, and a row of another text, template or tokenizer is not found rather than taken for its like.
+    """
+
+    def __init__(self, cache: ReferenceCache):
+        self.cache = cache
+        self._head = cache.head
+
+    @property
+    def head(self) -> Tensor:
+        """Output embedding of the base, [V, d]."""
+        return self._head
+
+    def require(self, objective: Objective, rows: Sequence[Rendered], epsilon: float | None) -> None:
+        """Raises RunError unless the cache holds what the objective needs of every row: with `epsilon` the hidden
+        states where its target leaves the base more than that, without it all of them."""
+        needed = everything if epsilon is None else NeededBy(objective, self.cache.vocab_size, epsilon)
+        lacking = self.cache.missing(rows, needed)
+        if lacking:
+            raise RunError(
+                f"the reference cache lacks what {type(objective).__name__} needs of {len(lacking):,} of "
+                f"{len(rows):,} rows",
+                str(self.cache.folder),
+                "fill it for this objective first (cache.fill, or heatbath surprise)",
+            )
+
+    def view(self, inputs: Mapping[str, Tensor], labels: Tensor) -> BaseView:
+        """Raises RunError where a sequence of the batch is not in the cache."""
+        logps, hiddens, places, start = [], [], [], 0
+        for ids, row_labels in sequences(inputs, labels):
+            row = self.cache.row(ids, row_labels)
+            if row is None:
+                raise RunError(
+                    f"the reference cache does not hold a sequence of {len(ids)} tokens that is trained on",
+                    str(self.cache.folder),
+                    "fill it with these very rows (cache.fill, or heatbath surprise)",
+                )
+            logps.append(row.logp)
+            hiddens.append(row.hidden)
+            places.append(row.held + start)
+            start += len(row.logp)
+        device = labels.device
+        if self._head.device != device:
+            self._head = self._head.to(device)
+        return BaseView(torch.cat(hiddens).to(device), torch.cat(logps).to(device), torch.cat(places).to(device))
+
+
+class _Shard:
+    """Some rows on disk, memory-mapped. Token arrays of all rows end to end; `where` is −1 or a row of `hidden`."""
+
+    def __init__(self, path: Path):
+        self.keys = [k.tobytes() for k in np.load(path / "keys.npy")]
+        self._offsets = np.load(path / "offsets.npy")
+        self._logp = np.load(path / "logp.npy", mmap_mode="r")
+        self._where = np.load(path / "where.npy", mmap_mode="r")
+        self._hidden = np.load(path / "hidden.npy", mmap_mode="r")
+
+    def tokens(self, number: int) -> tuple[Any, Any]:
+        part = slice(self._offsets[number], self._offsets[number + 1])
+        return self._logp[part], self._where[part]
+
+    def hidden(self, where: Any) -> Any:
+        if len(where) and where[-1] - where[0] + 1 == len(where):
+            return np.array(self._hidden[where[0] : where[-1] + 1])
+        return self._hidden[where]
+
+
+class _NewShard:
+    """Rows collected in memory until they are written as one shard."""
+
+    def __init__(self, cache: ReferenceCache):
+        self.cache = cache
+        self.keys: list[bytes] = []
+        self.logps: list[Any] = []
+        self.masks: list[Any] = []
+        self.hiddens: list[Any] = []
+
+    @property
+    def full(self) -> bool:
+        size = sum(h.nbytes for h in self.hiddens)
+        return sum(map(len, self.logps)) >= SHARD_TOKENS or size >= SHARD_BYTES
+
+    def add(self, key: bytes, logp: Tensor, mask: Tensor, hidden: Tensor) -> None:
+        self.keys.append(key)
+        self.logps.append(logp.float().numpy())
+        self.masks.append(mask.numpy())
+        self.hiddens.append(_to_numpy(hidden[mask].to(self.cache.dtype)))
+
+    def write(self) -> None:
+        if not self.keys:
+            return
+        mask, logp = np.concatenate(self.masks), np.concatenate(self.logps)
+        where = np.where(mask, np.cumsum(mask) - 1, -1)
+        number = len(list(self.cache.folder.glob("shard-*")))
+        with _made_whole(self.cache.folder / f"shard-{number:06d}") as folder:
+            np.save(folder / "keys.npy", np.frombuffer(b"".join(self.keys), dtype="V16"))
+            np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum([len(x) for x in self.logps])]))
+            np.save(folder / "logp.npy", logp)
+            np.save(folder / "where.npy", where)
+            np.save(folder / "hidden.npy", np.concatenate(self.hiddens))
+            without = -logp[~mask]
+            above = float(without.max()) if len(without) else 0.0
+            (folder / "about.json").write_text(
+                json.dumps({"tokens": len(logp), "hidden": int(mask.sum()), "holds_hidden_above_nats": above})
+            )
+
+
+@contextmanager
+def _made_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes its name only when everything in it is on the disk."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield unfinished
+        for path in unfinished.iterdir():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def row_key(input_ids: Sequence[int], labels: Sequence[int]) -> bytes:
+    """16 bytes that name a row by its tokens and by which of them are supervised; the first token never is."""
+    ids = np.asarray(input_ids, dtype=np.int64)
+    supervised = np.asarray(labels, dtype=np.int64).copy()
+    supervised[:1] = IGNORE
+    return hashlib.sha256(ids.tobytes() + b"|" + supervised.tobytes()).digest()[:16]
+
+
+def token_columns(row: Rendered) -> dict[str, Tensor]:
+    """The row's columns at its supervised tokens, [n] each."""
+    at = [i for i, label in enumerate(row.labels) if i and label != IGNORE]
+    return {name: torch.tensor([values[i] for i in at]) for name, values in row.columns.items()}
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """SHA-256 over the configuration and every byte of every weight."""
+    digest = hashlib.sha256()
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    tensors: Iterable[tuple[str, Tensor]] = sorted(model.state_dict().items())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _to_numpy(x: Tensor) -> Any:
+    x = x.detach().cpu().contiguous()
+    return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _to_torch(x: Any, dtype: torch.dtype) -> Tensor:
+    out = torch.from_numpy(np.ascontiguousarray(x))
+    return out.view(dtype) if dtype == torch.bfloat16 else out

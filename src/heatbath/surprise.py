@@ -1,0 +1,234 @@
+"""What β would do on some demonstrations, known before any training: the surprise profile.
+
+Surprise is −log p_base of a demonstrated token, in nats. A profile is a plain dictionary, stored as surprise.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from heatbath.cache import EPSILON, NeededBy, token_columns
+from heatbath.data.rendering import IGNORE, Rendered
+from heatbath.errors import RecipeError
+from heatbath.ideas.gift import Gift, GiftSequence, LeftToBase
+from heatbath.ideas.statistics import Objective, TokenStats
+from heatbath.reference import PASS_TOKENS, FrozenBase, base_pass
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BETAS = (5.0, 10.0, 15.0, 20.0, 25.0)
+HISTOGRAM_NATS = 40
+LEFT_TO_BASE = 0.02  # the share of tokens for which the profile suggests a β
+HARDLY, MUCH = 0.001, 0.05  # below, GIFT is SFT in all but name; above, the start may be neither base nor expert
+MOST_SURPRISING = 10
+
+Nats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def surprises(
+    base: FrozenBase,
+    rows: Sequence[Rendered],
+    *,
+    pad_id: int,
+    autocast: torch.dtype | None = None,
+    tokens: int = PASS_TOKENS,
+) -> list[Nats]:
+    """−log p_base of every supervised token of each row, in nats."""
+    out: list[Any] = [None] * len(rows)
+    for number, _, logp in base_pass(base, rows, pad_id=pad_id, autocast=autocast, tokens=tokens):
+        out[number] = -logp.double().numpy()
+    return out
+
+
+def resolve(objective: Objective, nats: Sequence[Nats], vocab_size: int) -> Objective:
+    """The objective with β = {left_to_base = …} as a number: the β at which that share of the tokens keeps w < 0.5."""
+    if not (isinstance(objective, Gift) and isinstance(objective.beta, LeftToBase)):
+        return objective
+    beta = beta_for(objective.beta.left_to_base, nats, dataclasses.replace(objective, beta=0.0), vocab_size)
+    return dataclasses.replace(objective, beta=beta)
+
+
+def beta_for(share: float, nats: Sequence[Nats], like: Gift, vocab_size: int) -> float:
+    """The β ≥ 0 at which `share` of the tokens keeps w < 0.5, with the smoothing and floor of `like`.
+
+    w < 0.5 where −logit p~ > β, so the share fixes β as a quantile of −logit p~.
+    """
+    lifted = -like.smoothed(_stats(nats, vocab_size)).numpy()
+    minus_logit = lifted + np.log(-np.expm1(-np.maximum(lifted, 1e-12)))
+    return max(0.0, float(np.quantile(minus_logit, 1 - share)))
+
+
+def profile(
+    rows: Sequence[Rendered],
+    nats: Sequence[Nats],
+    tokenizer: PreTrainedTokenizerBase,
+    objective: Objective,
+    *,
+    vocab_size: int,
+    kinds: Sequence[str] = (),
+    betas: Sequence[float] = BETAS,
+) -> dict[str, Any]:
+    """The surprise histogram (1 nat per bin), shares of tokens by w at each β and under the run's own objective, the β
+    for which a share `LEFT_TO_BASE` of the tokens keeps w < 0.5, the same by kind of row, and the most surprising
+    tokens in context."""
+    x = np.concatenate([*nats, np.zeros(0)])
+    like = objective if isinstance(objective, Gift) else Gift(0.0)
+    beta = like.beta if isinstance(objective, Gift) and isinstance(like.beta, float) else None
+    counts, _ = np.histogram(np.minimum(x, HISTOGRAM_NATS - 1e-9), bins=HISTOGRAM_NATS, range=(0, HISTOGRAM_NATS))
+    stats = _stats(nats, vocab_size)
+
+    def at(beta: float) -> dict[str, float]:
+        made = dataclasses.replace(like, beta=beta)
+        return {"beta": beta, **_shares(made.target_mass(stats), made.keep(stats))}
+
+    every = {*betas, *(() if beta is None else (beta,))}
+    by_kind = sorted(set(kinds)) if len(set(kinds)) > 1 else []
+    return {
+        "beta": beta,
+        "smoothing": like.smoothing,
+        "floor": like.floor,
+        "vocab_size": vocab_size,
+        "tokens": int(x.size),
+        "rows": len(rows),
+        "mean": float(x.mean()),
+        "quantiles": {str(q): float(np.quantile(x, q)) for q in (0.5, 0.9, 0.99, 0.999)},
+        "max": float(x.max()),
+        "histogram": counts.tolist(),
+        "betas": [at(b) for b in sorted(every)],
+        "objective": _own_shares(objective, rows, nats, vocab_size),
+        "kinds": {k: _kind(k, kinds, nats, like, beta, vocab_size) for k in by_kind},
+        "suggested_beta": beta_for(LEFT_TO_BASE, nats, like, vocab_size),
+        "suggested_share": LEFT_TO_BASE,
+        "most_surprising": _most_surprising(rows, nats, tokenizer),
+    }
+
+
+def cache_bytes(
+    rows: Sequence[Rendered],
+    nats: Sequence[Nats],
+    objective: Objective,
+    *,
+    vocab_size: int,
+    width: int,
+    item: int,
+    epsilon: float = EPSILON,
+) -> dict[str, int]:
+    """Bytes that each reference cache would take for these rows, the head [V, d] not counted: `hidden`, and `surprise`
+    where the objective allows it. `item` are the bytes of one number of a hidden state."""
+    tokens = sum(len(n) for n in nats)
+    scalars = 12 * tokens  # log p_base, and where its hidden state lies
+    out = {"hidden": scalars + tokens * width * item}
+    if hasattr(objective, "target_mass"):
+        needed = NeededBy(objective, vocab_size, epsilon)
+        held = sum(
+            int(needed(torch.from_numpy(-n), token_columns(row)).sum()) for row, n in zip(rows, nats, strict=True)
+        )
+        out["surprise"] = scalars + held * width * item
+        out["surprise_tokens"] = held
+    return out
+
+
+def describe(found: dict[str, Any]) -> str:
+    """One or two lines a user reads before training starts."""
+    text = f"surprise: mean {found['mean']:.2f} nats over {found['tokens']:,} tokens, 99 % below "
+    text += f"{found['quantiles']['0.99']:.1f}, max {found['max']:.1f}"
+    if found["beta"] is not None and not found["beta"]:
+        return text + "\nβ = 0 is distillation from the base; the demonstrations only choose where"
+    own = found["objective"]
+    if own is None:
+        return text
+    name = "the target" if found["beta"] is None else f"β = {found['beta']:.4g}"
+    text += f"\n{name} leaves {own['w_below_0.5']:.1%} of the tokens to the base (w < 0.5){reading(own)}"
+    return text + f". {found['suggested_share']:.0%} would be β = {found['suggested_beta']:.1f}"
+
+
+def reading(shares: dict[str, float]) -> str:
+    """What the share of tokens left to the base means for the start, as the tail of a sentence."""
+    if shares["w_below_0.5"] < HARDLY:
+        return "; GIFT can hardly differ from SFT on this data"
+    if shares["w_below_0.5"] > MUCH:
+        return f"; above about {MUCH:.0%} the start may be neither base nor expert"
+    return ""
+
+
+def _shares(w: Tensor, keep: Tensor) -> dict[str, float]:
+    return {
+        "w_below_0.99": float((w < 0.99).double().mean()),
+        "w_below_0.5": float((w < 0.5).double().mean()),
+        "w_below_0.1": float((w < 0.1).double().mean()),
+        "keep": float(keep.mean()),
+    }
+
+
+def _own_shares(
+    objective: Objective, rows: Sequence[Rendered], nats: Sequence[Nats], vocab_size: int
+) -> dict[str, float] | None:
+    """The shares under the run's own objective, where it is one of the two GIFTs; of a schedule its smallest β."""
+    if not isinstance(objective, Gift | GiftSequence):
+        return None
+    goal = objective.most_cautious() if isinstance(objective, Gift) else objective
+    stats = _stats(nats, vocab_size)
+    columns = [token_columns(row) for row in rows]
+    stats.columns |= {name: torch.cat([c[name] for c in columns]) for name in (columns[0] if columns else ())}
+    if isinstance(goal, Gift):
+        return _shares(goal.target_mass(stats), goal.keep(stats))
+    segments = torch.repeat_interleave(torch.arange(len(nats)), torch.tensor([len(n) for n in nats]))
+    keep = stats.columns["sequence_weight"] = goal.sequence_weights(stats, segments)
+    return _shares(goal.target_mass(stats), keep)
+
+
+def _kind(
+    kind: str, kinds: Sequence[str], nats: Sequence[Nats], like: Gift, beta: float | None, vocab_size: int
+) -> dict[str, float]:
+    own = [n for n, k in zip(nats, kinds, strict=True) if k == kind]
+    x = np.concatenate(own)
+    out = {"rows": len(own), "tokens": int(x.size), "mean": float(x.mean()), "q99": float(np.quantile(x, 0.99))}
+    if beta is not None:
+        w = like.target_mass(_stats(own, vocab_size))
+        out["w_below_0.5"] = float((w < 0.5).double().mean())
+    return out
+
+
+def _stats(nats: Sequence[Nats], vocab_size: int) -> TokenStats:
+    return TokenStats(vocab_size=vocab_size, ref_logp=torch.from_numpy(-np.concatenate([*nats, np.zeros(0)])))
+
+
+def _most_surprising(
+    rows: Sequence[Rendered], nats: Sequence[Nats], tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """The tokens that surprise most, each once with what stands before it."""
+    enough = 50 * MOST_SURPRISING
+    where = [(float(v), r, t) for r, row in enumerate(nats) for t, v in _largest(row, enough)]
+    listed: list[dict[str, Any]] = []
+    seen = set()
+    for value, r, t in sorted(where, reverse=True):
+        supervised = [i for i, label in enumerate(rows[r].labels) if i and label != IGNORE]
+        position = supervised[t]
+        token = tokenizer.decode(rows[r].input_ids[position])
+        before = tokenizer.decode(rows[r].input_ids[max(0, position - 20) : position])
+        if (token, before[-4:]) not in seen:
+            seen.add((token, before[-4:]))
+            listed.append({"nats": value, "before": before[-60:], "token": token})
+        if len(listed) == MOST_SURPRISING:
+            break
+    return listed
+
+
+def _largest(values: Nats, count: int) -> list[tuple[int, float]]:
+    if len(values) > count:
+        at = np.argpartition(values, -count)[-count:]
+        return [(int(i), float(values[i])) for i in at]
+    return list(enumerate(values.tolist()))
+
+
+def require_measured(nats: Sequence[Nats]) -> None:
+    """Raises RecipeError where there is no token to measure."""
+    if not sum(map(len, nats)):
+        raise RecipeError("no supervised token to measure", "data.demos", "give at least one demonstration")
