@@ -62,7 +62,7 @@ def test_a_resolved_recipe_reads_back_as_itself() -> None:
         ),
         ({**MINIMAL, "sft": {"lr": float("nan")}}, ["sft.lr:"]),
         ({**MINIMAL, "sft": {"objective": "gfit"}}, ["sft.objective: unknown objective 'gfit', did you mean 'gift'?"]),
-        ({**MINIMAL, "sft": {"objective": {"name": "gift", "beta": -1}}}, ["sft.objective: beta must be"]),
+        ({**MINIMAL, "sft": {"objective": {"name": "gift", "beta": -1}}}, ["objective 'gift': beta must be"]),
         (
             {**MINIMAL, "sft": {"batch": 10, "micro_batch": 4}},
             ["sft: batch (10) must be a multiple of micro_batch (4)"],

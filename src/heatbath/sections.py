@@ -191,6 +191,12 @@ class ObjectiveSpec(BaseModel):
     def hyper(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
 
+    @field_validator("name")
+    @classmethod
+    def whole_path(cls, value: str) -> str:
+        path, colon, attribute = value.rpartition(":")
+        return f"{_whole(Path(path))}:{attribute}" if colon and path.endswith(".py") else value
+
     @model_validator(mode="after")
     def buildable(self) -> Self:
         from heatbath.ideas.objectives import objective
@@ -283,6 +289,19 @@ class SFT(Optimizer):
     def divisible(self) -> Self:
         if self.batch % min(self.micro_batch, self.batch):
             raise ValueError(f"batch ({self.batch}) must be a multiple of micro_batch ({self.micro_batch})")
+        return self
+
+    @model_validator(mode="after")
+    def cache_suffices(self) -> Self:
+        if self.reference == "surprise":
+            from heatbath.ideas.objectives import objective
+
+            goal = objective(self.objective.name, **self.objective.hyper)
+            if {"ref_ce", "rev_ce", "ref_entropy"} & set(goal.needs) and not hasattr(goal, "target_mass"):
+                raise ValueError(
+                    f"'{self.objective.name}' needs the base everywhere, which reference = \"surprise\" does not hold; "
+                    'take "hidden" or "model"'
+                )
         return self
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from heatbath.ideas.engine import dense_loss
 from heatbath.ideas.gift import Column, Gift, GiftSequence
 from heatbath.ideas.objectives import (
     Asft,
@@ -34,6 +35,8 @@ from heatbath.ideas.objectives import (
     TrSft,
 )
 from heatbath.ideas.statistics import Objective
+
+EXACT = {"rtol": 1e-11, "atol": 1e-12}
 
 
 @dataclass
@@ -248,3 +251,19 @@ CASES = [
 
 def case(name: str) -> Case:
     return next(c for c in CASES if c.name == name)
+
+
+def loss(target: Objective, t: Tokens) -> Tensor:
+    """The package's loss of each token, from full logits."""
+    return dense_loss(target, t.z, t.y, ref_logits=t.r, columns=t.columns, segments=t.segments)
+
+
+def gradient(of: Tensor, t: Tokens) -> Tensor:
+    """d(sum of the losses)/dz, [N, V]."""
+    return torch.autograd.grad(of.sum(), t.z, retain_graph=True)[0]
+
+
+def same(found: Tensor, expected: Tensor, t: Tokens, **tolerance: float) -> None:
+    """Same loss of each token and same gradient in the logits."""
+    torch.testing.assert_close(found, expected, **(tolerance or EXACT))
+    torch.testing.assert_close(gradient(found, t), gradient(expected, t), **(tolerance or EXACT))

@@ -9,10 +9,9 @@ import formulas
 import pytest
 import torch
 import torch.nn.functional as F
-from formulas import CASES, Case, Tokens, case, entropy, forward_kl, tokens
+from formulas import CASES, EXACT, Case, Tokens, case, entropy, forward_kl, gradient, loss, same, tokens
 from torch import Tensor
 
-from heatbath.ideas.engine import dense_loss
 from heatbath.ideas.gift import Gift
 from heatbath.ideas.objectives import (
     OBJECTIVES,
@@ -35,23 +34,6 @@ from heatbath.ideas.objectives import (
     objective,
 )
 from heatbath.ideas.statistics import Objective, TokenStats, discounted_sum
-
-EXACT = {"rtol": 1e-11, "atol": 1e-12}
-
-
-def loss(target: Objective, t: Tokens) -> Tensor:
-    return dense_loss(target, t.z, t.y, ref_logits=t.r, columns=t.columns, segments=t.segments)
-
-
-def gradient(of: Tensor, t: Tokens) -> Tensor:
-    """d(sum of the losses)/dz, [N, V]."""
-    return torch.autograd.grad(of.sum(), t.z, retain_graph=True)[0]
-
-
-def same(found: Tensor, expected: Tensor, t: Tokens, **tolerance: float) -> None:
-    """Same loss of each token and same gradient in the logits."""
-    torch.testing.assert_close(found, expected, **(tolerance or EXACT))
-    torch.testing.assert_close(gradient(found, t), gradient(expected, t), **(tolerance or EXACT))
 
 
 def test_every_objective_has_a_formula() -> None:
@@ -148,7 +130,8 @@ def test_label_smoothing_is_torchs_and_transformers() -> None:
     torch.testing.assert_close(loss(LabelSmoothing(0.1), t).mean(), theirs, rtol=1e-6, atol=0)
 
 
-def test_kd_is_torchs_kl_div_and_trls_divergence() -> None:
+def test_kd_is_torchs_kl_div_and_trls_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.sdpo.loss_utils import compute_divergence
 
     t = tokens()
@@ -181,7 +164,7 @@ def test_dft_is_trls() -> None:
     from trl.trainer.utils import selective_log_softmax
 
     t = tokens()
-    trainer = MagicMock(spec_set=None, compute_loss_func=None, label_smoother=None, aux_loss_enabled=False)
+    trainer = MagicMock(compute_loss_func=None, label_smoother=None, aux_loss_enabled=False)
     trainer.args.loss_type, trainer.args.average_tokens_across_devices = "dft", False
     trainer.accelerator.parallelism_config, trainer.accelerator.gather_for_metrics = None, lambda x: x
     trainer._metrics, trainer._total_train_tokens, trainer._tp_size = {"train": defaultdict(list)}, 0, 1
@@ -244,7 +227,7 @@ def test_methods_that_reweigh_are_sft_or_dft_at_their_limits() -> None:
     for alpha in (1.0, 2.5):
         torch.testing.assert_close(gradient(loss(TrSft(alpha), t), t), dft / alpha, **EXACT)
     torch.testing.assert_close(gradient(loss(Power(1.0), t), t), dft, **EXACT)
-    same(loss(Power(1e-6), t), loss(Sft(), t), t, rtol=2e-5, atol=1e-5)
+    same(loss(Power(1e-6), t), loss(Sft(), t), t, rtol=5e-5, atol=1e-5)
 
 
 def test_iw_sft_at_the_base_is_sft() -> None:

@@ -206,6 +206,42 @@ DROPOUT = {"rank": 4, "dropout": 0.2}
 
 
 @pytest.mark.parametrize(
+    ("objective", "more"),
+    [
+        ({"name": "psft", "refresh": 5}, {}),  # its old policy is four steps old at the kill
+        ({"name": "psft", "refresh": 5}, {"lora": Lora(**DROPOUT)}),
+        ({"name": "gift", "beta": {"start": 9.0, "end": 2.0, "steps": 15}}, {}),
+        ({"name": "gift", "beta": {"left_to_base": 0.2}}, {"reference": "surprise", "epsilon": 0.01}),
+        ({"name": "gift_sequence", "mass": 0.8}, {"reference": "hidden", "packing": True}),
+        ({"name": "sed", "topk": 3}, {}),
+    ],
+)
+def test_what_an_objective_carries_from_step_to_step_is_resumed(
+    small_base: Path, tmp_path: Path, monkeypatch, objective: dict, more: dict
+) -> None:
+    """PSFT's copy of the weights, β of the step, what was measured on the base, the place in a cache."""
+    monkeypatch.setattr("heatbath.stages.measuring.cache_root", lambda: tmp_path / "cache")
+    lora, settings = more.get("lora"), {k: v for k, v in more.items() if k != "lora"}
+    recipe = small(small_base, sft={"objective": objective, **settings}).model_copy(update={"lora": lora})
+    Run.create(tmp_path / "whole", recipe)
+    expected = carried_out(tmp_path / "whole", recipe, "sft")
+    Run.create(tmp_path / "cut", recipe)
+    original = Run.complete
+
+    def dying(self: Run, checkpoint: Path, stage: str) -> None:
+        original(self, checkpoint, stage)
+        if checkpoint.name == "checkpoint-8":
+            raise Died
+
+    with monkeypatch.context() as patch, pytest.raises(Died):
+        patch.setattr(Run, "complete", dying)
+        carried_out(tmp_path / "cut", recipe, "sft")
+    found = carried_out(tmp_path / "cut", recipe, "sft")
+    assert_same_weights(found[0], expected[0])
+    assert found[1] == expected[1]
+
+
+@pytest.mark.parametrize(
     ("stage", "step", "where", "lora"),
     [
         ("sft", 8, "log", None),

@@ -54,7 +54,9 @@ def models() -> tuple:
     return small_model(0).double(), FrozenBase(small_model(1).double())
 
 
-def one_step(folder: Path, *, micro: int, accumulation: int, ranks=1, reduction="token_mean", objective=None) -> tuple:
+def one_step(
+    folder: Path, *, micro: int, accumulation: int, ranks=1, reduction="token_mean", objective=None, reference=None
+) -> tuple:
     policy, base = models()
     caught = Caught()
     trainer = ObjectiveTrainer(
@@ -82,7 +84,7 @@ def one_step(folder: Path, *, micro: int, accumulation: int, ranks=1, reduction=
         processing_class=small_tokenizer(),
         data_collator=DataCollatorForLanguageModeling(pad_token_id=1),
         objective=objective or Gift(BETA),
-        reference=base,
+        reference=reference or base,
         reduction=reduction,
         callbacks=[caught],
     )
@@ -297,22 +299,28 @@ def test_models_that_take_no_token_count_are_normalised_all_the_same(tmp_path: P
     assert distance(split, whole) < 1e-10
 
 
-def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
-    """DDP over gloo: 2 ranks × 2 rows × 2 micro-batches have the gradient of 1 × 8 × 1, for both exact reductions."""
+def two_processes(out: Path, mode: str) -> dict[str, torch.Tensor]:
+    """The gradient that rank 0 of two sees, by two_processes.py."""
     script = Path(__file__).with_name("two_processes.py")
-    for reduction in ("token_mean", "sequence_sum"):
-        whole, _ = one_step(tmp_path / reduction, micro=8, accumulation=1, reduction=reduction)
-        out = tmp_path / f"{reduction}.pt"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-        done = subprocess.run(
-            [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(out), reduction],
-            capture_output=True,
-            text=True,
-            timeout=200,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert distance(torch.load(out), whole) < 1e-10
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    done = subprocess.run(
+        [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(out), mode],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out)
+
+
+@pytest.mark.parametrize("mode", ["token_mean", "sequence_sum", "hidden_cache", "fsdp2"])
+def test_two_processes_take_the_step_of_one(tmp_path: Path, mode: str) -> None:
+    """Over gloo, 2 ranks × 2 rows × 2 micro-batches have the gradient of 1 × 8 × 1: DDP under both exact reductions
+    and from a cache, and FSDP2, whose head is a DTensor."""
+    reduction = "sequence_sum" if mode == "sequence_sum" else "token_mean"
+    whole, _ = one_step(tmp_path / mode, micro=8, accumulation=1, reduction=reduction)
+    assert distance(two_processes(tmp_path / f"{mode}.pt", mode), whole) < (1e-6 if mode == "hidden_cache" else 1e-10)
 
 
 def test_validation_is_token_weighted(small_base: Path, tmp_path: Path) -> None:

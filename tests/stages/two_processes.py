@@ -7,11 +7,53 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from test_sft import one_step  # noqa: E402 - the path above comes first
+from test_sft import BETA, demonstrations, one_step  # noqa: E402
+
+from conftest import small_model  # noqa: E402 - the path above comes first
+from heatbath.cache import CachedBase, ReferenceCache, everything  # noqa: E402
+from heatbath.ideas.gift import Gift  # noqa: E402
+from heatbath.reference import FrozenBase  # noqa: E402
+from heatbath.stages.fused_forward import add_objective_forward  # noqa: E402
+from heatbath.stages.training import RowCollator  # noqa: E402
+
+
+def data_parallel(out: Path, mode: str) -> dict:
+    reference = None
+    if mode == "hidden_cache":  # both ranks ask for it at once; one fills, the other finds it filled
+        base = small_model(1)
+        cache = ReferenceCache.of(base, out.parent / "cache")
+        cache.fill(FrozenBase(base), demonstrations(8), everything, pad_id=1)
+        reference = CachedBase(cache)
+    reduction = "sequence_sum" if mode == "sequence_sum" else "token_mean"
+    shape = {"micro": 2, "accumulation": 2, "ranks": 2}
+    gradient, _ = one_step(out.with_suffix(""), **shape, reduction=reduction, reference=reference)
+    return {name.removeprefix("module."): g for name, g in gradient.items()}
+
+
+def fully_sharded(mode: str) -> dict:
+    """Every parameter a DTensor over two ranks, the tied head included."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    policy, base = small_model(0).double(), FrozenBase(small_model(1).double())
+    add_objective_forward(policy)
+    for layer in policy.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(policy, mesh=mesh)
+    rows = [{"input_ids": r.input_ids, "labels": r.labels} for r in demonstrations(8)]
+    tokens = sum(label != -100 for r in rows for label in r["labels"][1:])
+    batch = RowCollator(1)(rows[torch.distributed.get_rank() :: 2])
+    out = policy(**batch, objective=Gift(BETA), reference=base)
+    (out["loss"] / tokens * 2).backward()  # FSDP averages over the ranks
+    return {name: p.grad.full_tensor() for name, p in policy.named_parameters()}
+
 
 if __name__ == "__main__":
-    out, reduction = Path(sys.argv[1]), sys.argv[2]
-    gradient, _ = one_step(out.with_suffix(""), micro=2, accumulation=2, ranks=2, reduction=reduction)
+    out, mode = Path(sys.argv[1]), sys.argv[2]
+    if mode == "fsdp2":
+        torch.distributed.init_process_group("gloo")
+    gradient = fully_sharded(mode) if mode == "fsdp2" else data_parallel(out, mode)
     if int(torch.distributed.get_rank()) == 0:
-        torch.save({name.removeprefix("module."): g for name, g in gradient.items()}, out)
+        torch.save(gradient, out)
     torch.distributed.destroy_process_group()

@@ -114,7 +114,7 @@ class Pass:
             return None
         ref = given.ref_hidden if given.scale == 1.0 else given.ref_hidden * given.scale
         self.ref_hidden = ref
-        self.base = Projection(ref, given.ref_head)
+        self.base = Projection(ref, given.ref_head, self.accumulate)
         everything = torch.arange(len(ref), device=ref.device)
         if given.ref_rows is None:
             return everything
@@ -204,9 +204,9 @@ class Projection:
     is therefore taken from a float32 dot product and takes its place before the softmax, so that log π(y) ≤ 0 holds.
     """
 
-    def __init__(self, hidden: Tensor, head: Tensor):
+    def __init__(self, hidden: Tensor, head: Tensor, accumulate: torch.dtype | None = None):
         kind = hidden.device.type
-        self.accumulate = accumulate_dtype(hidden.dtype)
+        self.accumulate = accumulate or accumulate_dtype(hidden.dtype)
         self.matmul = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         self.head = head.detach()
         self.cast_head = self.head.to(self.matmul)

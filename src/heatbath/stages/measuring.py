@@ -149,7 +149,7 @@ def cache_root() -> Path:
     return models.cache_folder() / "reference"
 
 
-def require_columns(goal: Objective, demos: list[Rendered]) -> None:
+def require_columns(goal: Objective, demos: list[Rendered], split: str = "demos") -> None:
     """Raises DataError where a demonstration lacks a column that the objective reads."""
     made = ("old_logp",) if hasattr(goal, "refresh") else ()
     for name in getattr(goal, "columns", ()):
@@ -157,6 +157,6 @@ def require_columns(goal: Objective, demos: list[Rendered]) -> None:
         if lacking and name not in made:
             raise DataError(
                 f"{type(goal).__name__} reads the column '{name}', which {len(lacking):,} of {len(demos):,} rows lack",
-                f"data.demos, row {lacking[0] + 1}",
+                f"data.{split}, row {lacking[0] + 1}",
                 f"put it into the rows and name it: data.fields.columns = ['{name}']",
             )

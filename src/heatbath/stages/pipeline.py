@@ -71,9 +71,13 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
     tokenizer = tokenizer_of(recipe)
     if "pretrain" in stages and recipe.sft is None:
         checks.rendered(tokenizer, splits.demos, recipe, "demos")
-    if "sft" in stages:
+    if "sft" in stages and recipe.sft is not None:
+        from heatbath.ideas.objectives import objective
+        from heatbath.stages.measuring import require_columns
+
+        goal = objective(recipe.sft.objective.name, **recipe.sft.objective.hyper)
         for split in ("demos", "validation"):
-            checks.rendered(tokenizer, getattr(splits, split), recipe, split)
+            require_columns(goal, checks.rendered(tokenizer, getattr(splits, split), recipe, split), split)
     asked = [s for stage, s in (("rl", "prompts"), ("eval", "test")) if stage in stages]
     with MathGrader(workers=recipe.reward.workers, deadline=recipe.reward.deadline) as grader:
         for split in asked:

@@ -75,7 +75,7 @@ def run_surprise(recipe: Recipe, folder: Path, command: str, progress: Progress)
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    """The profile on a terminal: histogram, shares by β, kinds, the most surprising tokens, cache sizes, the reading."""
+    """The profile on a terminal: histogram, shares by β and kind, the most surprising tokens, caches, the reading."""
     console.print(f"{found['rows']:,} demonstrations, {found['tokens']:,} supervised tokens of {found['model']}\n")
     _histogram(found, console)
     console.print(_table(tables.beta_rows(found)))

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from heatbath.ideas.rows import RowState, RowWork, coefficients
 
-# Entries of one tile: 16 per thread at 8 warps, in 16 bits two 16-byte loads of z and two of r. Half as many pay twice the
-# reductions across warps per entry; twice as many need more registers than two programs on a multiprocessor have.
+# Entries of one tile: 16 per thread at 8 warps, in 16 bits two 16-byte loads of z and two of r. Half as many pay twice
+# the reductions across warps per entry; twice as many need more registers than two programs on a multiprocessor have.
 BLOCK = 4096
 WARPS = 8
 # Tiles in shared memory, the next on its way while one is worked on. Two keep 16 KiB per program in flight in 16 bits,
-# which with two programs on a multiprocessor is past what bandwidth times latency asks for; three would cost registers,
-# and in float64 not fit every device.
+# which with two programs on a multiprocessor is past what bandwidth times latency asks for; three cost registers, and
+# in float64 do not fit every device. All three sizes are calculated, with the compiler's register counts; not timed.
 STAGES = 2
 # Where the running maximum begins: below any logit, yet finite, so that the difference of two maxima is never NaN.
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
@@ -66,7 +66,7 @@ class TritonRows:
         s = dict(zip(SUMS, sums, strict=True))
 
         log = s["sum"].log()
-        stats = {"logp": (label - s["top"]).clamp_max(0) - log}
+        stats = {"logp": label - s["top"] - log}
         normal = {"label": label, "top": s["top"], "log": log}
         if "mean_logp" in wanted:
             stats["mean_logp"] = s["mean"] / z.shape[-1] - log
@@ -75,7 +75,7 @@ class TritonRows:
         if r is not None:
             ref_log = s["ref_sum"].log()
             normal |= {"ref_label": ref_label, "ref_top": s["ref_top"], "ref_log": ref_log}
-            stats["ref_logp"] = (ref_label - s["ref_top"]).clamp_max(0) - ref_log
+            stats["ref_logp"] = ref_label - s["ref_top"] - ref_log
             if "ref_ce" in wanted:
                 stats["ref_ce"] = log - s["cross"] / s["ref_sum"]
             if "ref_entropy" in wanted:
@@ -111,6 +111,8 @@ def _launch(
     ref = z if r is None else r
     if z.stride(-1) != 1 or ref.stride(-1) != 1:
         raise ValueError(f"rows of logits must be contiguous, not of strides {z.stride()} and {ref.stride()}")
+    if z.device.type == "cpu" and isinstance(kernel, triton.JITFunction):
+        raise ValueError("the backend 'triton' runs on a GPU, not on CPU tensors: take backend='eager'")
     if not len(z):
         return
     with torch.cuda.device_of(z):  # type: ignore[no-untyped-call]
@@ -184,7 +186,7 @@ def _dot(weight: tl.tensor, x: tl.tensor) -> tl.tensor:
     return tl.sum(weight * tl.where(weight > 0, x, 0.0), 0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def _statistics_kernel(
     z: tl.tensor,
     r: tl.tensor,
@@ -253,7 +255,7 @@ def _statistics_kernel(
     tl.store(sums + 8 * rows, under)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def _gradient_kernel(
     z: tl.tensor,
     r: tl.tensor,
@@ -290,7 +292,7 @@ def _gradient_kernel(
         x = _logits(z, cols, vocab, y, label, cap, wide)
         log_pi = x - top - log
         likely = tl.exp(log_pi)
-        inner = tl.zeros_like(x) + pi
+        inner = pi
         if has_pi_log_pi:  # 0·log 0 = 0
             inner += pi_log_pi * tl.where(likely > 0, log_pi, 0.0)
         dz = tl.where(cols == y, one + onehot, one)
