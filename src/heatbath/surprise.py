@@ -27,7 +27,8 @@ BETAS = (5.0, 10.0, 15.0, 20.0, 25.0)
 HISTOGRAM_NATS = 40
 LEFT_TO_BASE = 0.02  # the share of tokens for which the profile suggests a β
 HARDLY, MUCH = 0.001, 0.05  # below, GIFT is SFT in all but name; above, the start may be neither base nor expert
-MOST_SURPRISING = 10
+MOST_SURPRISING = 10  # tokens shown, each after so many others:
+CONTEXT = 16
 
 Nats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -212,10 +213,10 @@ def _most_surprising(
         supervised = [i for i, label in enumerate(rows[r].labels) if i and label != IGNORE]
         position = supervised[t]
         token = tokenizer.decode(rows[r].input_ids[position])
-        before = tokenizer.decode(rows[r].input_ids[max(0, position - 20) : position])
+        before = tokenizer.decode(rows[r].input_ids[max(0, position - CONTEXT) : position])
         if (token, before[-4:]) not in seen:
             seen.add((token, before[-4:]))
-            listed.append({"nats": value, "before": before[-60:], "token": token})
+            listed.append({"nats": value, "before": before.replace("\n", "↵"), "token": token.replace("\n", "↵")})
         if len(listed) == MOST_SURPRISING:
             break
     return listed

@@ -58,6 +58,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "beta": 7.5,
         "smoothing": 0.0,
         "floor": 0.0,
+        "kinds": {},
         "objective": {key: value for key, value in betas[1].items() if key != "beta"},
         "vocab_size": 50,
     }

@@ -98,7 +98,7 @@ def surprise(profile: dict[str, Any]) -> str:
     right.set_ylabel("w, the target's mass on the token", color=COLOURS["init"])
     right.tick_params(axis="y", colors=COLOURS["init"])
     right.grid(visible=False)
-    right.text(beta + 0.15, 0.55, f"β = {beta:.3g}" + ("" if used else " (suggested)"), color=COLOURS["init"])
+    right.text(beta + 0.3, 0.93, f"β = {beta:.3g}" + ("" if used else " (suggested)"), color=COLOURS["init"])
     return _svg(figure, f"surprise histogram of {profile['tokens']} tokens with the curve of w at β = {beta:.3g}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -88,7 +89,8 @@ def cache_rows(profile: dict[str, Any]) -> list[list[str]]:
 
 def cache_text(profile: dict[str, Any]) -> str:
     """What the caches leave out of the count, and what is in the one on this machine."""
-    return f"Beside them the base's head, {_size(profile['caches']['head'])}, once. Filled so far: {profile['cache']}"
+    where = profile["cache"].replace(str(Path.home()), "~", 1)
+    return f"Beside them the base's head, {_size(profile['caches']['head'])}, once. Filled by this pass: {where}"
 
 
 def _size(count: float) -> str:

@@ -83,8 +83,8 @@ def show(found: dict[str, Any], console: Console) -> None:
         console.print(_table(tables.kind_rows(found)))
     console.print("\nmost surprising, in context")
     for token in found["most_surprising"]:
-        line = Text(f"{token['nats']:6.1f} nats  {token['before']!r:>40.64} ")
-        line.append(repr(token["token"]), style="bold")
+        line = Text(f"{token['nats']:6.1f} nats  {token['before']}")
+        line.append(f"⟦{token['token']}⟧", style="bold")
         console.print(line, soft_wrap=True)
     console.print(_table(tables.cache_rows(found)))
     console.print(tables.cache_text(found), soft_wrap=True, markup=False)
