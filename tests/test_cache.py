@@ -156,13 +156,14 @@ def test_a_smaller_beta_extends_the_cache_and_is_refused_until_then(tmp_path: Pa
     wide, narrow = NeededBy(Gift(5.0), V, EPSILON), NeededBy(Gift(9.0), V, EPSILON)
     cache = filled(tmp_path, narrow)
     assert not cache.missing(rows(), narrow) and cache.missing(rows(), wide)
-    reference = CachedBase(cache)
-    reference.require(Gift(9.0), rows(), EPSILON)
-    for smaller in (Gift(5.0), Gift({"start": 9.0, "end": 5.0, "steps": 10})):
-        with pytest.raises(RunError, match="lacks what Gift needs of"):
-            reference.require(smaller, rows(), EPSILON)
-    with pytest.raises(RunError, match="lacks"):
-        reference.require(Gift(9.0), rows(), EPSILON / 100)
+    batch = [RowCollator(1)(table(rows()))]
+    loss_and_gradient(batch, Gift(9.0), CachedBase(cache, EPSILON))
+    for goal, epsilon in ((Gift(5.0), EPSILON), (Gift(9.0), EPSILON / 100)):
+        with pytest.raises(ValueError, match=r"Gift leaves the base .* whose hidden state is not held"):
+            loss_and_gradient(batch, goal, CachedBase(cache, epsilon))
+    with pytest.raises(ValueError, match=r"Kd needs the base at every token; `ref_hidden` holds it at \d+ of 266"):
+        loss_and_gradient(batch, Kd(), CachedBase(cache, EPSILON))
+    assert cache.missing(rows(), NeededBy(Gift({"start": 9.0, "end": 5.0, "steps": 10}), V, EPSILON))
     before = {i: cache.row(r.input_ids, r.labels) for i, r in enumerate(rows())}
     passed = cache.fill(FrozenBase(small_model(1)), rows(), wide, pad_id=1)
     assert passed > 0 and not cache.missing(rows(), wide) and not cache.missing(rows(), narrow)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from heatbath.data.rendering import IGNORE, Rendered
 from heatbath.errors import RunError
-from heatbath.ideas.statistics import Objective, TokenStats
+from heatbath.ideas.statistics import TokenStats
 from heatbath.reference import BaseView, FrozenBase, base_pass, sequences
 
 if TYPE_CHECKING:
@@ -204,27 +204,16 @@ class CachedBase:
     make no difference, and a row of another text, template or tokenizer is not found rather than taken for its like.
     """
 
-    def __init__(self, cache: ReferenceCache):
-        self.cache = cache
+    def __init__(self, cache: ReferenceCache, epsilon: float = EPSILON):
+        """`epsilon` is how much an objective may leave the base at a token whose hidden state the cache lacks; training
+        stops where one leaves it more."""
+        self.cache, self.epsilon = cache, epsilon
         self._head = cache.head
 
     @property
     def head(self) -> Tensor:
         """Output embedding of the base, [V, d]."""
         return self._head
-
-    def require(self, objective: Objective, rows: Sequence[Rendered], epsilon: float | None) -> None:
-        """Raises RunError unless the cache holds what the objective needs of every row: with `epsilon` the hidden
-        states where its target leaves the base more than that, without it all of them."""
-        needed = everything if epsilon is None else NeededBy(objective, self.cache.vocab_size, epsilon)
-        lacking = self.cache.missing(rows, needed)
-        if lacking:
-            raise RunError(
-                f"the reference cache lacks what {type(objective).__name__} needs of {len(lacking):,} of "
-                f"{len(rows):,} rows",
-                str(self.cache.folder),
-                "fill it for this objective first (cache.fill, or heatbath surprise)",
-            )
 
     def view(self, inputs: Mapping[str, Tensor], labels: Tensor) -> BaseView:
         """Raises RunError where a sequence of the batch is not in the cache."""
@@ -244,7 +233,8 @@ class CachedBase:
         device = labels.device
         if self._head.device != device:
             self._head = self._head.to(device)
-        return BaseView(torch.cat(hiddens).to(device), torch.cat(logps).to(device), torch.cat(places).to(device))
+        hidden, logp, held = (torch.cat(parts).to(device) for parts in (hiddens, logps, places))
+        return BaseView(hidden, logp, None if len(held) == len(logp) else held, self.epsilon)
 
 
 class _Shard:

@@ -26,12 +26,14 @@ PASS_TOKENS = 8192  # of one forward pass over rows of about the same length
 class BaseView(NamedTuple):
     """The base at the N supervised tokens of a batch, as `engine.linear_loss` takes it.
 
-    `hidden` [M, d] at the tokens `rows` [M] (None: at all), `logp` [N] where it is known without a product.
+    `hidden` [M, d] at the tokens `rows` [M] (None: at all), `logp` [N] where it is known without a product; `epsilon`
+    is how much an objective may leave the base at the other tokens.
     """
 
     hidden: Tensor
     logp: Tensor | None = None
     rows: Tensor | None = None
+    epsilon: float | None = None
 
 
 class Reference(Protocol):

@@ -137,15 +137,21 @@ def test_the_folder_of_the_real_command_is_looked_at(small_base: Path, tmp_path:
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
 def test_the_estimate_counts_weights_gradients_and_moments(small_base: Path, lora: dict | None) -> None:
     made = recipe(small_base).model_copy(update={"precision": "fp32"})
-    made = parse({**made.model_dump(exclude={"lora"}), "lora": lora})
+    whole = made.model_dump(exclude={"lora"}) | {"lora": lora}
     monkey, memory.ROUND = memory.ROUND, 12
+    weights = {}
     try:
-        parts = memory.estimate(made, 100, 50)["sft"]
+        for goal, source in ((None, "model"), ("gift", "model"), ("gift", "hidden")):
+            spec = {"name": "gift", "beta": 4.0} if goal else {"name": "sft"}
+            table = {**whole, "sft": {**whole["sft"], "objective": spec, "reference": source}}
+            parts = memory.estimate(parse(table), 100, 50)["sft"]
+            weights[goal, source] = parts["weights"]
     finally:
         memory.ROUND = monkey
     model = AutoModelForCausalLM.from_pretrained(small_base)
     size = 4 * model.num_parameters() / 2**30
-    assert parts["weights"] == pytest.approx(size * (1 if lora else 2))
+    assert weights[None, "model"] == weights["gift", "hidden"] == pytest.approx(size)
+    assert weights["gift", "model"] == pytest.approx(size * (1 if lora else 2))
     trained = size
     if lora:
         linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]

@@ -14,13 +14,14 @@ known. π policy, p base. Sources: docs/gift.md; Liger-Kernel and TRL for formin
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from heatbath.ideas.passes import Inputs, Pass, accumulate_dtype
+from heatbath.ideas.passes import BASE_ROWS, Inputs, Pass, accumulate_dtype
 from heatbath.ideas.rows import NEED_LOGITS, RowWork
 from heatbath.ideas.statistics import (
     DIFFERENTIABLE,
@@ -94,7 +95,8 @@ def linear_loss(
 
     Options: `segments` [N], the sequence of each token, for objectives that weigh whole sequences. `ref_logp` [N], the
     base's log-probability of each label where it is known already; `ref_rows` [M], the tokens of which `ref_hidden`
-    [M, d'] holds a row: at the others the base is taken to be certain of the label (`reference.py`, surprise cache).
+    [M, d'] holds a row: at the others the base is taken to be certain of the label (docs/reference.md); with
+    `ref_epsilon` an objective that leaves the base more than that there, 1 − w > ε, is refused.
     `scale` and `softcap` c: logits c·tanh(scale·h·W / c) of policy and base. `chunk` tokens at once; `backend` "eager"
     or "triton". Rows of a padded vocabulary take part; slice the head to leave them out.
 
@@ -169,29 +171,50 @@ def _linear_loss(objective: Objective, given: Inputs, *, record: bool) -> Linear
     kept = given if bool(valid.all()) else given.at(valid)
     if hasattr(objective, "sequence_weights"):
         with torch.no_grad():
-            kept.columns["sequence_weight"] = _sequence_weights(objective, kept)
+            kept = _with_sequence_weights(objective, kept)
+    _require_whole_base(objective, kept)
     sums: dict[str, Tensor] = {}
     loss: Tensor = _LinearLoss.apply(kept.scaled, kept.head, objective, kept, sums if record else None)  # type: ignore[no-untyped-call]
     return LinearLoss(loss, kept.labels.numel(), sums)
 
 
-def _sequence_weights(objective: Any, given: Inputs) -> Tensor:
-    """The objective's own weights of whole sequences, [N], from one pass that computes log-probabilities only."""
-    stats: dict[str, Tensor] = {}
+def _with_sequence_weights(objective: Any, given: Inputs) -> Inputs:
+    """The inputs with the objective's own weights of whole sequences as a column, [N], and with what the one pass that
+    they need has found of the base."""
     options = {"softcap": given.softcap, "scale": given.scale, "chunk": given.chunk, "backend": given.backend}
+    stats: dict[str, Tensor] = {}
     if "logp" in objective.sequence_needs:
         stats["logp"] = label_logps(given.hidden, given.head, given.labels, **options)
+    known = given.ref_logp
     if "ref_logp" in objective.sequence_needs:
-        known = given.ref_logp
         if known is None:
             assert given.ref_hidden is not None and given.ref_head is not None
             known = label_logps(given.ref_hidden, given.ref_head, given.labels, **options)
         stats["ref_logp"] = known
     assert given.segments is not None
-    weights: Tensor = objective.sequence_weights(
-        TokenStats(vocab_size=given.head.shape[0], columns=given.columns, **stats), given.segments
-    )
-    return weights
+    seen = TokenStats(vocab_size=given.head.shape[0], columns=given.columns, **stats)
+    weights = objective.sequence_weights(seen, given.segments)
+    return dataclasses.replace(given, columns={**given.columns, "sequence_weight": weights}, ref_logp=known)
+
+
+def _require_whole_base(objective: Objective, given: Inputs) -> None:
+    """Raises ValueError where the base is known at some tokens only, and the objective's target leaves it more than
+    `ref_epsilon` at another one."""
+    name, N = type(objective).__name__, len(given.labels)
+    if given.ref_rows is None or given.ref_epsilon is None or len(given.ref_rows) == N:
+        return
+    if not BASE_ROWS.intersection(objective.needs):
+        return
+    w: Any = getattr(objective, "target_mass", None)
+    if w is None or given.ref_logp is None:
+        raise ValueError(f"{name} needs the base at every token; `ref_hidden` holds it at {len(given.ref_rows)} of {N}")
+    left = 1 - w(TokenStats(vocab_size=given.head.shape[0], columns=given.columns, ref_logp=given.ref_logp))
+    left[given.ref_rows] = 0.0
+    if bool((left > given.ref_epsilon * 1.01 + 1e-6).any()):
+        raise ValueError(
+            f"{name} leaves the base {float(left.max()):.2g} at a token whose hidden state is not held, more than "
+            f"ε = {given.ref_epsilon:g}: fill the cache for this objective"
+        )
 
 
 class _LinearLoss(torch.autograd.Function):

@@ -161,7 +161,7 @@ class Gift:
 
 @dataclass(frozen=True)
 class GiftSequence:
-    """Cross-entropy to the exact sequence-level Gibbs target (docs/gift.md; no paper).
+    """Cross-entropy to the exact sequence-level Gibbs target (derived in docs/objectives/gift_sequence.md; no paper).
 
     For the reward 1[answer = demonstration] the target over whole answers is (1 − m)·p_base + m·δ, m = `mass`: the
     probability with which the start follows the expert's answer rather than the base's own. Its conditional on the

@@ -252,8 +252,9 @@ class Sed:
     (arXiv 2602.07464), which keeps tokens undecided where the base is.
 
     Without a `threshold` it is estimated once on the base before training: of the top-k masses of the demonstrations in
-    order, the one at −int(ratio·N). Departure: the authors' code takes k = 10 for the threshold and, where none is
-    given, k = 2 in the loss; here both are `topk`.
+    order, the one at −int(ratio·N). Departures: the authors' code takes 100 validation rows for it (the sft stage the
+    first 512 demonstrations), and k = 10 for the threshold but, where none is given, k = 2 in the loss; here both are
+    `topk`.
     """
 
     weight: float = 1.0
@@ -287,7 +288,7 @@ class Sed:
 @dataclass(frozen=True)
 class Pear:
     """sg(G)·nll, G_t = γ^{T−t}·exp(Σ_{j>t} δ_j), δ = log π(y) − log π_generator(y) held in [low, high], log G in
-    [−10, 5]: PEAR (arXiv 2602.01058; no public code of the authors, formula from the paper).
+    [−10, 5]: PEAR (arXiv 2602.01058; the authors have published no code; formula from summaries of the paper).
 
     The column `generator_logp` holds the log-probabilities of whoever wrote the demonstrations. The last token of a
     sequence has weight 1.

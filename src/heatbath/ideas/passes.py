@@ -36,6 +36,7 @@ class Inputs:
     segments: Tensor | None = None
     ref_logp: Tensor | None = None
     ref_rows: Tensor | None = None
+    ref_epsilon: float | None = None
     scale: float = 1.0
     softcap: float | None = None
     chunk: int | None = None
@@ -50,6 +51,15 @@ class Inputs:
                 f"hidden {tuple(self.hidden.shape)}, head {tuple(self.head.shape)} and labels "
                 f"{tuple(self.labels.shape)} do not fit [N, d], [V, d] and [N]"
             )
+        known = self.labels if self.ref_rows is None else self.ref_rows
+        if self.ref_hidden is not None and self.ref_hidden.shape[:-1] != known.shape:
+            raise ValueError(
+                f"ref_hidden {tuple(self.ref_hidden.shape)} does not fit [N, d'] of {len(self.labels)} labels, or "
+                "[M, d'] of the tokens in ref_rows"
+            )
+        for name, value in {**self.columns, "segments": self.segments, "ref_logp": self.ref_logp}.items():
+            if value is not None and value.shape != self.labels.shape:
+                raise ValueError(f"'{name}' {tuple(value.shape)} does not fit [N] of {len(self.labels)} labels")
         if self.ref_head is not None and self.ref_head.shape[0] != self.head.shape[0]:
             raise ValueError(f"{self.ref_head.shape[0]:,} rows in ref_head, {self.head.shape[0]:,} in head")
 
@@ -118,7 +128,7 @@ class Pass:
         everything = torch.arange(len(ref), device=ref.device)
         if given.ref_rows is None:
             return everything
-        if given.ref_logp is None or "rev_ce" in wanted:
+        if len(given.ref_rows) < len(given.labels) and (given.ref_logp is None or "rev_ce" in wanted):
             raise ValueError("a base known at some tokens only needs `ref_logp` of all, and cannot give rev_ce")
         pointer = torch.full_like(given.labels, -1)
         pointer[given.ref_rows] = everything

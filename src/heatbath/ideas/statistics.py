@@ -78,12 +78,16 @@ class Objective(Protocol):
     columns: tuple[str, ...]               the columns it cannot do without
     diagnostics(stats) -> dict             per-token numbers [N] to be logged beside the loss
     sequence_weights(stats, segments)      numbers [N] that need a whole sequence, without gradient; they reach
-                                           `__call__` as `stats.sequence_weight`. `stats` holds what
+                                           `__call__` as `stats.sequence_weight`. `stats` holds what the tuple
                                            `sequence_needs` names (of `logp`, `ref_logp`) and the columns, from one
                                            cheap pass; `segments` [N] numbers the sequence of each token
     calibrate(stats) -> dict               hyper-parameters estimated once on the base, as the policy, before training
     at(step) -> Objective                  the objective of an optimizer step, where it changes
-    mass(stats) -> Tensor                  where its target is the base lifted at y: that target's probability of y
+    refresh: int                           the trainer makes the column `old_logp`, from a copy of the weights taken
+                                           anew every so many optimizer steps
+    target_mass(stats) -> Tensor           where its target is the base lifted at y: that target's probability w of y,
+                                           by which the surprise cache knows where the base is needed
+    most_cautious() -> Objective           with `at`: the objective of the step at which w is smallest
     """
 
     @property

@@ -60,7 +60,7 @@ def add_objective_forward(model: PreTrainedModel) -> None:
             if reference is not None and needs_reference(objective):  # first: adapters are on again for the graph
                 view = reference.view(kwargs, labels)
                 options |= {"ref_hidden": view.hidden, "ref_head": reference.head}
-                options |= {"ref_logp": view.logp, "ref_rows": view.rows}
+                options |= {"ref_logp": view.logp, "ref_rows": view.rows, "ref_epsilon": view.epsilon}
         hidden = at_supervised(self.base_model(*args, **kwargs, use_cache=False).last_hidden_state, labels)
         head = output_head(self)
         if objective is None:

@@ -83,7 +83,7 @@ class MeasuredBase:
     def reference(self) -> Reference | None:
         """Where training finds the base: None where the objective does not read it, and with LoRA (adapters off)."""
         if self.cache is not None:
-            return CachedBase(self.cache)
+            return CachedBase(self.cache, self.settings.epsilon)
         return FrozenBase(copy.deepcopy(self.model)) if self.read and not self.lora else None
 
     @contextmanager

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from heatbath import models
 from heatbath.errors import RecipeError
+from heatbath.ideas.objectives import objective
+from heatbath.ideas.statistics import needs_reference
 from heatbath.recipe import Recipe
 from heatbath.stages.training import lora_config
 
@@ -33,11 +35,15 @@ def estimate(recipe: Recipe, longest: int, longest_prompt: int) -> dict[str, dic
     stages: dict[str, dict[str, float]] = {}
     if recipe.sft is not None:
         tokens = min(recipe.sft.micro_batch, recipe.sft.batch) * longest
-        stages["sft"] = _parts(recipe, shape, trained, tokens, short)
+        goal = objective(recipe.sft.objective.name, **recipe.sft.objective.hyper)
+        beside = needs_reference(goal) and recipe.sft.reference == "model" and not recipe.lora
+        stages["sft"] = _parts(shape, trained, tokens, short, frozen=beside)
+        if hasattr(goal, "refresh"):
+            stages["sft"]["old policy"] = round(4 * trained / GIB, ROUND)
     if recipe.rl is not None:
         width = longest_prompt + recipe.rl.max_new_tokens
         tokens = recipe.rl.micro_batch * width
-        stages["rl"] = _parts(recipe, shape, trained, tokens, short)
+        stages["rl"] = _parts(shape, trained, tokens, short, frozen=not recipe.lora)
         # The completions of a generation are sampled at once, into a cache of keys and values.
         rows = recipe.rl.prompts * recipe.rl.group_size
         cached = rows * width * shape["layers"] * 2 * shape["kv"]
@@ -45,9 +51,10 @@ def estimate(recipe: Recipe, longest: int, longest_prompt: int) -> dict[str, dic
     return stages
 
 
-def _parts(recipe: Recipe, shape: dict[str, int], trained: int, tokens: int, short: bool) -> dict[str, float]:
+def _parts(shape: dict[str, int], trained: int, tokens: int, short: bool, *, frozen: bool) -> dict[str, float]:
+    """`frozen`: whether a second model stands beside the policy, with which it is compared."""
     all_parameters = shape["parameters"]
-    copies = 1 if recipe.lora else 2  # the policy, and the frozen model it is compared with
+    copies = 2 if frozen else 1
     casts = 2 * all_parameters if short else 0  # 16-bit copies of the weights within a step
     width = 2 if short else 4
     # Kept for the backward pass of a layer: float32 around the two norms and the residuals (7 d), and at the width of
