@@ -3,7 +3,7 @@
     python benchmarks/objectives.py --out runs/objectives            # all objectives, seeds 0 and 1; resumes
     python benchmarks/objectives.py --out runs/objectives --only sft --only gift
 
-Each run is recipes/smoke.toml with another objective and a longer RL; 200 held-out sums × 16 samples at T = 1. Two
+Each run is recipes/smoke.toml with another objective and a longer RL; 100 held-out sums × 16 samples at T = 1. Two
 seeds tell how far a seed alone moves these numbers, not which objective is the better one.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from heatbath.ideas.objectives import OBJECTIVES
 
-RECIPE = ["data.test=200", "eval.samples=16", "eval.k=[1,16]", "rl.epochs=4", "sft.packing=true"]
+RECIPE = ["data.test=100", "eval.samples=16", "eval.k=[1,16]", "rl.epochs=2"]
 HYPER = {
     "gift": ["sft.objective.beta=8.0"],
     "power": ["sft.objective.a=1.0"],

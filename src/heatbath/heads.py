@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from torch.distributed.tensor import Partial
 
 from heatbath.errors import RunError
 
@@ -26,9 +27,26 @@ def output_head(model: PreTrainedModel) -> Tensor:
     head = model.get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
         raise RunError("an adapter sits on the output head", "lora.targets", "leave lm_head out of the targets")
-    weight: Any = head.weight
-    gathered: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-    return gathered
+    return gathered(head.weight)
+
+
+def gathered(weight: Any) -> Tensor:
+    """A weight whole on every rank. The gradient of one that FSDP2 shards in a unit of its own is averaged over the
+    ranks and cut up again, as FSDP does with all others. Raises RunError for sharding that the engine does not cover."""
+    if hasattr(weight, "ds_id") and not weight.numel():
+        raise RunError(
+            "DeepSpeed ZeRO-3 holds the head, which the engine does not cover", "model", "take FSDP2 or ZeRO-2"
+        )
+    if not hasattr(weight, "full_tensor"):
+        whole: Tensor = weight
+        return whole
+    mesh = weight.device_mesh
+    if "tp" in (mesh.mesh_dim_names or ()):
+        raise RunError("the head is tensor-parallel, which the engine does not cover", "model", "shard it with FSDP2")
+    whole = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole
 
 
 @torch.no_grad()

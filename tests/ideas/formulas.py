@@ -241,7 +241,7 @@ CASES = [
     Case("eaft", Eaft(alpha=1.5, topk=5), lambda t: eaft(t, 1.5, 5, 3.0)),
     Case("power", Power(0.4), lambda t: (1 - t.logp.exp() ** 0.4) / 0.4),
     Case("chord_phi", ChordPhi(), chord_phi),
-    Case("idft", Idft(0.7, 2.0), lambda t: idft(t, 0.7, 2.0)),
+    Case("idft", Idft(0.7, 0.4), lambda t: idft(t, 0.7, 0.4)),
     Case("sed", Sed(weight=1.5, topk=3, threshold=0.9), lambda t: sed(t, 1.5, 3, 0.9)),
     Case("pear", Pear(0.99), lambda t: pear(t, 0.99, -0.08, 0.3)),
     Case("trsft", TrSft(0.2), lambda t: trsft(t, 0.2)),

@@ -133,6 +133,29 @@ def test_autocast_rounds_the_products_only(name: str) -> None:
     assert max(errors(mixed, loss, truth(case(name).objective, exact))) < 2e-2
 
 
+def test_statistics_are_recomputed_as_they_were_computed() -> None:
+    """A backward outside of autocast repeats the products of the forward inside it."""
+    problem = problems.small(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = problem.gradients(problem.stats("logp", "entropy").entropy.sum())
+        value = problem.stats("logp", "entropy").entropy.sum()
+    plain = problem.gradients(problem.stats("entropy").entropy.sum())
+    outside = problem.gradients(value)
+    for a, b, c in zip(inside, outside, plain, strict=True):
+        assert torch.equal(a, b) and not torch.equal(b, c)
+
+
+def test_the_heads_gradient_is_summed_in_float32() -> None:
+    """In bf16 one token at a time is no worse than all at once, but for the rounding of each product."""
+    g = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(600, 16, generator=g), torch.randn(53, 16, generator=g)
+    tokens = torch.arange(600)
+    problem = Problem(hidden, head, hidden, head, tokens % 53, tokens // 10).to(torch.bfloat16)
+    expected = truth(case("sft").objective, problem.to(torch.float64))
+    for chunk in (1, 1000):
+        assert errors(problem, problem.fused(case("sft").objective, chunk=chunk), expected)[2] < 4e-3
+
+
 SURPRISES = (1e-12, 1e-3, 1.0, 10.0, 20.0, 100.0, 1e4)
 
 

@@ -55,12 +55,20 @@ def models() -> tuple:
 
 
 def one_step(
-    folder: Path, *, micro: int, accumulation: int, ranks=1, reduction="token_mean", objective=None, reference=None
+    folder: Path,
+    *,
+    micro: int,
+    accumulation: int,
+    ranks=1,
+    reduction="token_mean",
+    objective=None,
+    reference=None,
+    policy=None,
 ) -> tuple:
-    policy, base = models()
+    base = models()[1]
     caught = Caught()
     trainer = ObjectiveTrainer(
-        model=policy,
+        model=policy or models()[0],
         args=trl.SFTConfig(
             output_dir=str(folder),
             per_device_train_batch_size=micro,
@@ -314,12 +322,13 @@ def two_processes(out: Path, mode: str) -> dict[str, torch.Tensor]:
     return torch.load(out)
 
 
-@pytest.mark.parametrize("mode", ["token_mean", "sequence_sum", "hidden_cache", "fsdp2"])
+@pytest.mark.parametrize("mode", ["token_mean", "sequence_sum", "hidden_cache", "fsdp2", "fsdp2_head"])
 def test_two_processes_take_the_step_of_one(tmp_path: Path, mode: str) -> None:
     """Over gloo, 2 ranks × 2 rows × 2 micro-batches have the gradient of 1 × 8 × 1: DDP under both exact reductions
     and from a cache, and FSDP2, whose head is a DTensor."""
     reduction = "sequence_sum" if mode == "sequence_sum" else "token_mean"
-    whole, _ = one_step(tmp_path / mode, micro=8, accumulation=1, reduction=reduction)
+    policy = small_model(0, tied=mode != "fsdp2_head").double()
+    whole, _ = one_step(tmp_path / mode, micro=8, accumulation=1, reduction=reduction, policy=policy)
     assert distance(two_processes(tmp_path / f"{mode}.pt", mode), whole) < (1e-6 if mode == "hidden_cache" else 1e-10)
 
 

@@ -31,15 +31,16 @@ def data_parallel(out: Path, mode: str) -> dict:
 
 
 def fully_sharded(mode: str) -> dict:
-    """Every parameter a DTensor over two ranks, the tied head included."""
+    """Every parameter a DTensor over two ranks: the head within the whole model, or as a unit of its own."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (2,))
-    policy, base = small_model(0).double(), FrozenBase(small_model(1).double())
+    own_head = mode == "fsdp2_head"
+    policy, base = small_model(0, tied=not own_head).double(), FrozenBase(small_model(1).double())
     add_objective_forward(policy)
-    for layer in policy.model.layers:
-        fully_shard(layer, mesh=mesh)
+    for unit in (*policy.model.layers, *((policy.lm_head,) if own_head else ())):
+        fully_shard(unit, mesh=mesh)
     fully_shard(policy, mesh=mesh)
     rows = [{"input_ids": r.input_ids, "labels": r.labels} for r in demonstrations(8)]
     tokens = sum(label != -100 for r in rows for label in r["labels"][1:])
@@ -51,9 +52,9 @@ def fully_sharded(mode: str) -> dict:
 
 if __name__ == "__main__":
     out, mode = Path(sys.argv[1]), sys.argv[2]
-    if mode == "fsdp2":
+    if mode.startswith("fsdp2"):
         torch.distributed.init_process_group("gloo")
-    gradient = fully_sharded(mode) if mode == "fsdp2" else data_parallel(out, mode)
+    gradient = fully_sharded(mode) if mode.startswith("fsdp2") else data_parallel(out, mode)
     if int(torch.distributed.get_rank()) == 0:
         torch.save(gradient, out)
     torch.distributed.destroy_process_group()
