@@ -110,7 +110,6 @@ def test_hyper_parameters_of_the_wrong_type_are_named(name: str, hyper: dict, me
         objective(name, **hyper)
 
 
-@pytest.mark.xfail(strict=True, reason="taken, and found out by a loss that is NaN or a TypeError in the first step")
 @pytest.mark.parametrize(
     ("name", "hyper", "message"),
     [

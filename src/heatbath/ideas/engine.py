@@ -174,7 +174,10 @@ def _linear_loss(objective: Objective, given: Inputs, *, record: bool) -> Linear
             kept = _with_sequence_weights(objective, kept)
     _require_whole_base(objective, kept)
     sums: dict[str, Tensor] = {}
-    loss: Tensor = _LinearLoss.apply(kept.scaled, kept.head, objective, kept, sums if record else None)  # type: ignore[no-untyped-call]
+    # Without gradients none may be formed; autograd.Function would still be told that both inputs need one.
+    hidden, head = (x if torch.is_grad_enabled() else x.detach() for x in (kept.scaled, kept.head))
+    into = sums if record else None
+    loss: Tensor = _LinearLoss.apply(hidden, head, objective, kept, into)  # type: ignore[no-untyped-call]
     return LinearLoss(loss, kept.labels.numel(), sums)
 
 
@@ -293,7 +296,7 @@ class _LinearStats(torch.autograd.Function):
 
 def _slopes(objective: Objective, stats: TokenStats, need_gradient: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of each token, [C], detached, and its derivative in each differentiable statistic, [C]."""
-    leaves = {name: getattr(stats, name) for name in DIFFERENTIABLE if name in objective.needs}
+    leaves = {name: getattr(stats, name) for name in DIFFERENTIABLE if name in (*objective.needs, "logp")}
     with torch.enable_grad():
         for name, leaf in leaves.items():
             setattr(stats, name, leaf.detach().requires_grad_(need_gradient))

@@ -49,6 +49,10 @@ class Column:
 
     column: str
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.column, str):
+            raise ValueError(f"beta.column must be the name of a column, not {self.column!r}")
+
 
 @dataclass(frozen=True)
 class LeftToBase:
@@ -113,17 +117,20 @@ class Gift:
         return dataclasses.replace(self, beta=min(b.start, b.end)) if isinstance(b, Schedule) else self
 
     def __call__(self, stats: TokenStats) -> Tensor:
-        keep, smoothing = self.keep(stats), self.whole_smoothing(stats.vocab_size)
+        odds, smoothing = self.log_odds(stats), self.whole_smoothing(stats.vocab_size)
         soft = stats.ref_ce
         if smoothing:
             soft = (1 - smoothing) * soft - smoothing * stats.mean_logp
-        return (1 - keep) * -stats.logp + keep * soft
+        return odds.sigmoid() * -stats.logp + (-odds).sigmoid() * soft  # 1 − keep cancels where keep is nearly 1
 
     def keep(self, stats: TokenStats) -> Tensor:
         """Share of the target that is the base's own distribution, [N] in (0, 1]; no overflow at any surprise."""
-        beta, lifted = self.beta_of(stats), self.smoothed(stats)
-        log_gain = beta + torch.log(-torch.expm1(-beta))  # log(e^β − 1); −inf at β = 0, where keep is 1
-        return torch.sigmoid(-(lifted + log_gain)).to(stats.ref_logp.dtype)
+        return torch.sigmoid(-self.log_odds(stats))
+
+    def log_odds(self, stats: TokenStats) -> Tensor:
+        """−logit keep = log((e^β − 1)·p~(y)), [N]; −inf at β = 0, where keep is 1."""
+        beta = self.beta_of(stats)
+        return (self.smoothed(stats) + beta + torch.log(-torch.expm1(-beta))).to(stats.ref_logp.dtype)
 
     def target_mass(self, stats: TokenStats) -> Tensor:
         """w = σ(β + logit p~(y)) = (1 − keep) + keep·p~(y): the target's probability of the demonstrated token, [N]."""

@@ -147,7 +147,7 @@ class Psft:
         return -torch.minimum(ratio, ratio.clamp(1 - self.low, 1 + self.high))
 
     def diagnostics(self, stats: TokenStats) -> dict[str, Tensor]:
-        ratio = (stats.logp.detach() - stats.old_logp).exp()
+        ratio = (stats.logp.detach() - stats.old_logp).clamp(-20, 20).exp()
         return {"ratio": ratio, "clip_share": (ratio > 1 + self.high).to(ratio.dtype)}
 
 
@@ -414,7 +414,7 @@ def objective(name: str, **hyper: Any) -> Objective:
     types = get_type_hints(cls) if known else {}
     try:
         built = cls(**{key: _typed(key, value, types[key]) for key, value in hyper.items()})
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"objective '{name}': {error}") from None
     if not (isinstance(built, Objective) and isinstance(built.needs, tuple | list)):
         raise ValueError(f"'{name}' is no objective: it needs `needs`, a tuple of statistics, and `__call__(stats)`")
@@ -436,6 +436,8 @@ def _typed(key: str, value: Any, wanted: Any) -> Any:
     elif wanted is float or wanted == float | None:
         if not isinstance(value, int | float):
             raise ValueError(f"{key} must be a number, not {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{key} must be a finite number, not {value!r}")
         return float(value)
     return value
 

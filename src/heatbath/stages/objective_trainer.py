@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import peft
 import torch
 import transformers
 import trl
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from heatbath.data.rendering import IGNORE
@@ -133,11 +134,11 @@ class ObjectiveMixin:
         """Token-weighted means over all tokens since the last log; the objective and NLL by name, never a bare loss."""
         mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
         sums = self._sums[mode]
-        if sums["supervised"]:
-            names = sorted(sums)
-            local = torch.tensor([float(sums[name]) for name in names], dtype=torch.float64)
-            total = self.accelerator.reduce(local.to(self.accelerator.device), "sum")
-            totals = dict(zip(names, total.tolist(), strict=True))
+        # By name, because a rank whose rows held no supervised token has fewer of them.
+        totals: Counter[str] = Counter()
+        for part in gather_object([{name: float(value) for name, value in sums.items()}]):
+            totals.update(part)
+        if totals["supervised"]:
             tokens, supervised = totals.pop("tokens"), totals.pop("supervised")
             prefix = "val/" if mode == "eval" else ""
             values = {prefix + name: value / supervised for name, value in totals.items()}
