@@ -32,11 +32,9 @@ def output_head(model: PreTrainedModel) -> Tensor:
 
 def gathered(weight: Any) -> Tensor:
     """A weight whole on every rank. The gradient of one that FSDP2 shards in a unit of its own is averaged over the
-    ranks and cut up again, as FSDP does with all others. Raises RunError for sharding that the engine does not cover."""
+    ranks and cut up again, as FSDP does with all others. Raises RunError for sharding that is not covered."""
     if hasattr(weight, "ds_id") and not weight.numel():
-        raise RunError(
-            "DeepSpeed ZeRO-3 holds the head, which the engine does not cover", "model", "take FSDP2 or ZeRO-2"
-        )
+        raise RunError("DeepSpeed ZeRO-3 holds the head, which is not covered", "model", "take FSDP2 or ZeRO-2")
     if not hasattr(weight, "full_tensor"):
         whole: Tensor = weight
         return whole

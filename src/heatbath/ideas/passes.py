@@ -136,16 +136,15 @@ class Pass:
 
     def chunks(self) -> Iterator[Chunk]:
         """Chunks without the base first, then those with it. A chunk's buffers hold until the next is asked for."""
-        N, size = len(self.given.labels), self.given.chunk or chunk_size(self.given.head)
+        N, most = len(self.given.labels), self.given.chunk or chunk_size(self.given.head)
         if self.pointer is None or self.given.ref_rows is None:
-            for start in range(0, N, size):
-                yield self._chunk(slice(start, min(start + size, N)), min(size, N - start), self.pointer is not None)
+            for start, stop in even_parts(N, most):
+                yield self._chunk(slice(start, stop), stop - start, self.pointer is not None)
             return
         for base in (False, True):
             group = ((self.pointer >= 0) == base).nonzero().squeeze(-1)
-            for rows in torch.split(group, size):
-                if len(rows):
-                    yield self._chunk(rows, len(rows), base)
+            for start, stop in even_parts(len(group), most):
+                yield self._chunk(group[start:stop], stop - start, base)
 
     def _chunk(self, rows: slice | Tensor, count: int, base: bool) -> Chunk:
         given, r, r_label = self.given, None, None
@@ -246,6 +245,13 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def even_parts(count: int, most: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of parts of about the same size, at most `most`: a product of a few rows left over is slow, and on
+    a CPU less exact."""
+    parts = -(-count // most)
+    return ((i * count // parts, (i + 1) * count // parts) for i in range(parts))
 
 
 def chunk_size(head: Tensor) -> int:
