@@ -61,6 +61,18 @@ def test_python_blocks_run(code: str, workspace: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_python_blocks_of_your_own_objective_run(tmp_path: Path) -> None:
+    """The page's first block is the file that the others use."""
+    page = (ROOT / "docs" / "objectives" / "your-own.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    (tmp_path / "mine.py").write_text(blocks[0])
+    code = "\n".join(block for block in blocks if "import heatbath" in block)
+    assert code.count("import heatbath") == 3
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=os.environ)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_images_exist(page: Path) -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):

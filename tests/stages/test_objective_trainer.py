@@ -232,20 +232,12 @@ def test_the_mixin_gives_any_trainer_an_objective(tmp_path: Path) -> None:
     assert any("val/nll" in row for row in trainer.state.log_history)
 
 
-MINE = """
-from dataclasses import dataclass
-
-@dataclass(frozen=True)
-class Focal:
-    gamma: float = 2.0
-    needs = ("logp",)
-
-    def __call__(self, stats):
-        return (1 - stats.logp.exp()) ** self.gamma * -stats.logp
-"""
+PAGE = (Path(__file__).parents[2] / "docs" / "objectives" / "your-own.md").read_text(encoding="utf-8")
+MINE = PAGE.partition("```python\n")[2].partition("```")[0]  # the page's own example
 
 
 def test_an_objective_in_a_users_own_file_trains_through_the_command_line(small_base: Path, tmp_path: Path) -> None:
+    assert "class Focal" in MINE and len(MINE.strip().splitlines()) <= 10
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "mine.toml").write_text(
         f"""

@@ -108,7 +108,8 @@ def settle(
     """
     found = run.read_json("surprise.json")
     if found is not None:
-        return dataclasses.replace(goal, **found["settled"]) if found["settled"] else goal  # type: ignore[type-var]
+        settled = found.get("settled")
+        return dataclasses.replace(goal, **settled) if settled else goal  # type: ignore[type-var]
     progress.say("measuring how surprising the base finds the demonstrations")
     measured = demos if left_open(goal) or base.cache is not None else demos[:PROFILE_ROWS]
     nats = base.surprises(measured)
