@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,6 +180,40 @@ def test_beta_of_each_token_decides_what_is_needed(tmp_path: Path) -> None:
     goal = NeededBy(Gift({"column": "b"}), V, EPSILON)
     cache = filled(tmp_path, nothing)
     assert cache.missing(low, goal) and not cache.missing(high, goal)
+
+
+def test_a_shard_that_is_lost_or_broken_is_filled_again(tmp_path: Path, monkeypatch) -> None:
+    """Whatever a user, a kill or a power cut has done to the folder."""
+    monkeypatch.setattr("heatbath.cache.SHARD_TOKENS", 40)
+    cache = filled(tmp_path)
+    shards = sorted(cache.folder.glob("shard-*"))
+    assert len(shards) > 4
+    shutil.rmtree(shards[0])
+    (shards[1] / "logp.npy").write_bytes(b"cut off")
+    (shards[2] / "hidden.npy").unlink()
+    left = cache.folder / ".shard-000099-killed"
+    left.mkdir()
+    again = ReferenceCache(cache.folder)
+    assert again.missing(rows(), everything)
+    assert again.fill(FrozenBase(small_model(1)), rows(), everything, pad_id=1) < len(rows())
+    assert not again.missing(rows(), everything) and not left.exists()
+    assert not ReferenceCache(cache.folder).missing(rows(), everything)
+
+
+def test_rows_alike_but_for_their_columns_are_passed_over_once_for_all_their_needs(tmp_path: Path) -> None:
+    model, row = small_model(1), rows()[0]
+    twins = [dataclasses.replace(row, columns={"b": [x] * len(row.input_ids)}) for x in (50.0, 0.0)]
+    needed = NeededBy(Gift({"column": "b"}), model.config.vocab_size, EPSILON)
+    cache = ReferenceCache.of(model, tmp_path)
+    assert cache.fill(FrozenBase(model), twins, needed, pad_id=1) == 1
+    assert not cache.missing(twins, needed)
+
+
+def test_what_trainers_change_in_a_configuration_is_no_other_model(tmp_path: Path) -> None:
+    model = small_model(1)
+    before = weights_hash(model)
+    model.config.use_cache, model.config.pad_token_id = False, 7
+    assert weights_hash(model) == before
 
 
 def test_only_the_two_gifts_may_train_from_the_surprise_cache() -> None:

@@ -37,18 +37,24 @@ if TYPE_CHECKING:
 EPSILON = 1e-3
 SHARD_TOKENS = 2**20  # a fill loses at most so many supervised tokens to a kill
 SHARD_BYTES = 2**28
-STORED = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+STORED = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+}
 
-# Which tokens' hidden states a row must have: of its log p_base [n] and columns, a mask [n].
-Needed = Callable[[Tensor, dict[str, Tensor]], Tensor]
+ASKED_TOKENS = 2**20  # whose need is found at once
+# Irrelevant to what the body computes, and changed by trainers.
+NOT_WEIGHTS = ("_name_or_path", "transformers_version", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
+
+# Which tokens' hidden states must be there: of log p_base [n], columns and the row of each token [n], a mask [n].
+Needed = Callable[[Tensor, dict[str, Tensor], Tensor], Tensor]
 
 
-def nothing(logp: Tensor, columns: dict[str, Tensor]) -> Tensor:
+def nothing(logp: Tensor, columns: dict[str, Tensor], segments: Tensor) -> Tensor:
     """No hidden state at all: log p_base alone."""
     return torch.zeros(len(logp), dtype=torch.bool)
 
 
-def everything(logp: Tensor, columns: dict[str, Tensor]) -> Tensor:
+def everything(logp: Tensor, columns: dict[str, Tensor], segments: Tensor) -> Tensor:
     """The hidden state of every token: exact for any objective."""
     return torch.ones(len(logp), dtype=torch.bool)
 
@@ -69,12 +75,11 @@ class NeededBy:
                 'take "hidden" or "model"',
             )
 
-    def __call__(self, logp: Tensor, columns: dict[str, Tensor]) -> Tensor:
+    def __call__(self, logp: Tensor, columns: dict[str, Tensor], segments: Tensor) -> Tensor:
         goal = self.objective.most_cautious() if hasattr(self.objective, "most_cautious") else self.objective
         stats = TokenStats(vocab_size=self.vocab_size, ref_logp=logp.double(), columns=columns)
         if hasattr(goal, "sequence_weights"):
-            one = torch.zeros(len(logp), dtype=torch.long)
-            stats.columns["sequence_weight"] = goal.sequence_weights(stats, one)
+            stats.columns["sequence_weight"] = goal.sequence_weights(stats, segments)
         left: Tensor = 1 - goal.target_mass(stats) > self.epsilon
         return left
 
@@ -122,12 +127,18 @@ class ReferenceCache:
 
     def missing(self, rows: Sequence[Rendered], needed: Needed) -> list[int]:
         """Numbers of the rows that are not there, or lack a hidden state that is needed."""
-        found = []
+        found, known, tokens = [], [], 0
         for number, row in enumerate(rows):
             held = self._held(row)
-            if held is None or bool((needed(held[0], token_columns(row)) & ~held[1]).any()):
+            if held is None:
                 found.append(number)
-        return found
+                continue
+            known.append((number, row, *held))
+            tokens += len(held[0])
+            if tokens >= ASKED_TOKENS:
+                found += _lacking(known, needed)
+                known, tokens = [], 0
+        return sorted(found + _lacking(known, needed))
 
     def _held(self, row: Rendered) -> tuple[Tensor, Tensor] | None:
         """log p_base and whether the hidden state is there, [n] each, without reading a hidden state."""
@@ -151,18 +162,20 @@ class ReferenceCache:
         """Adds what is missing of the rows, in one pass of the base over them; returns how many rows it passed over.
         `said` hears the number of rows done. Killed and called again it goes on after its last whole shard."""
         with FileLock(self.folder / ".lock"):
+            self._clear_away()
             self._read_shards()
-            wanted = self.missing(rows, needed)
-            shard = _NewShard(self)
-            todo = [rows[i] for i in wanted]
+            alike: dict[bytes, list[Rendered]] = {}  # rows of the same tokens may differ in their columns
+            for number in self.missing(rows, needed):
+                alike.setdefault(row_key(rows[number].input_ids, rows[number].labels), []).append(rows[number])
+            todo, shard = [same[0] for same in alike.values()], _NewShard(self)
             found = base_pass(base, todo, pad_id=pad_id, autocast=autocast)
             for done, (number, hidden, logp) in enumerate(found, 1):
-                row = todo[number]
-                mask = needed(logp, token_columns(row))
-                before = self._held(row)
-                if before is not None:  # what an earlier recipe needed stays
-                    mask = mask | before[1]
-                shard.add(row_key(row.input_ids, row.labels), logp, mask, hidden)
+                row, before = todo[number], self._held(todo[number])
+                key, one = row_key(row.input_ids, row.labels), torch.zeros(len(logp), dtype=torch.long)
+                mask = torch.zeros(len(logp), dtype=torch.bool) if before is None else before[1]  # what is there stays
+                for same in alike[key]:
+                    mask = mask | needed(logp, token_columns(same), one)
+                shard.add(key, logp, mask, hidden)
                 said(done)
                 if shard.full:
                     shard.write()
@@ -170,6 +183,14 @@ class ReferenceCache:
             shard.write()
             self._read_shards()
             return len(todo)
+
+    def _clear_away(self) -> None:
+        """Removes what a kill has left: unfinished folders, and shards that a power cut has broken."""
+        for path in [
+            *self.folder.glob(".shard-*"),
+            *(p for p in self.folder.glob("shard-*") if _Shard.read(p) is None),
+        ]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def row(self, input_ids: Sequence[int], labels: Sequence[int]) -> CachedRow | None:
         """What is known of a row, or None."""
@@ -191,8 +212,9 @@ class ReferenceCache:
 
     def _read_shards(self) -> None:
         for path in sorted(self.folder.glob("shard-*")):
-            if path.name not in self._shards:
-                shard = self._shards[path.name] = _Shard(path)
+            shard = None if path.name in self._shards else _Shard.read(path)
+            if shard is not None:
+                self._shards[path.name] = shard
                 for number, key in enumerate(shard.keys):  # a later shard knows more about the same row
                     self._where[key] = (shard, number)
 
@@ -240,6 +262,14 @@ class CachedBase:
 class _Shard:
     """Some rows on disk, memory-mapped. Token arrays of all rows end to end; `where` is −1 or a row of `hidden`."""
 
+    @classmethod
+    def read(cls, path: Path) -> _Shard | None:
+        """The shard, or None where it is broken or gone."""
+        try:
+            return cls(path)
+        except (OSError, ValueError, EOFError):
+            return None
+
     def __init__(self, path: Path):
         self.keys = [k.tobytes() for k in np.load(path / "keys.npy")]
         self._offsets = np.load(path / "offsets.npy")
@@ -266,25 +296,26 @@ class _NewShard:
         self.logps: list[Any] = []
         self.masks: list[Any] = []
         self.hiddens: list[Any] = []
+        self._tokens = self._bytes = 0
 
     @property
     def full(self) -> bool:
-        size = sum(h.nbytes for h in self.hiddens)
-        return sum(map(len, self.logps)) >= SHARD_TOKENS or size >= SHARD_BYTES
+        return self._tokens >= SHARD_TOKENS or self._bytes >= SHARD_BYTES
 
     def add(self, key: bytes, logp: Tensor, mask: Tensor, hidden: Tensor) -> None:
         self.keys.append(key)
         self.logps.append(logp.float().numpy())
         self.masks.append(mask.numpy())
         self.hiddens.append(_to_numpy(hidden[mask].to(self.cache.dtype)))
+        self._tokens, self._bytes = self._tokens + len(logp), self._bytes + self.hiddens[-1].nbytes
 
     def write(self) -> None:
         if not self.keys:
             return
         mask, logp = np.concatenate(self.masks), np.concatenate(self.logps)
         where = np.where(mask, np.cumsum(mask) - 1, -1)
-        number = len(list(self.cache.folder.glob("shard-*")))
-        with _made_whole(self.cache.folder / f"shard-{number:06d}") as folder:
+        taken = [int(path.name.partition("-")[2]) for path in self.cache.folder.glob("shard-*")]
+        with _made_whole(self.cache.folder / f"shard-{max(taken, default=-1) + 1:06d}") as folder:
             np.save(folder / "keys.npy", np.frombuffer(b"".join(self.keys), dtype="V16"))
             np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum([len(x) for x in self.logps])]))
             np.save(folder / "logp.npy", logp)
@@ -297,6 +328,18 @@ class _NewShard:
             )
 
 
+def _lacking(known: list[tuple[int, Rendered, Tensor, Tensor]], needed: Needed) -> list[int]:
+    """Numbers of those rows of which a hidden state is needed and not held."""
+    if not known:
+        return []
+    numbers, rows, logps, held = zip(*known, strict=True)
+    columns = [token_columns(row) for row in rows]
+    together = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
+    segments = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(x) for x in logps]))
+    lacking = needed(torch.cat(logps), together, segments) & ~torch.cat(held)
+    return [numbers[i] for i in segments[lacking].unique().tolist()]
+
+
 @contextmanager
 def _made_whole(folder: Path) -> Iterator[Path]:
     """A folder to write into that takes its name only when everything in it is on the disk."""
@@ -304,15 +347,24 @@ def _made_whole(folder: Path) -> Iterator[Path]:
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield unfinished
-        for path in unfinished.iterdir():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+        for path in (*unfinished.iterdir(), unfinished):
+            _to_disk(path)
+        unfinished.chmod(0o755)
         unfinished.rename(folder)
+        _to_disk(folder.parent)
     except OSError:
-        if not folder.is_dir():  # else another process was first
+        if not (folder / "meta.json").is_file():  # else another process made the same cache first
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def row_key(input_ids: Sequence[int], labels: Sequence[int]) -> bytes:
@@ -332,7 +384,7 @@ def token_columns(row: Rendered) -> dict[str, Tensor]:
 def weights_hash(model: PreTrainedModel) -> str:
     """SHA-256 over the configuration and every byte of every weight."""
     digest = hashlib.sha256()
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_WEIGHTS and not k.startswith("output_")}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     tensors: Iterable[tuple[str, Tensor]] = sorted(model.state_dict().items())
     for name, tensor in tensors:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from heatbath.data.rendering import IGNORE, Rendered
 from heatbath.errors import RunError
-from heatbath.heads import logit_transform, output_head
+from heatbath.heads import gathered, logit_transform, output_head
 from heatbath.ideas.engine import label_logps
 
 if TYPE_CHECKING:
@@ -97,6 +97,9 @@ class AdaptersOff:
     @property
     def head(self) -> Tensor:
         """Output embedding, [V, d]; adapters on it would not be the base's. Raises RunError where it has some."""
+        head = self._model[0].get_base_model().get_output_embeddings()
+        if hasattr(head, "original_module"):  # PEFT trains a copy of it (modules_to_save)
+            return gathered(head.original_module.weight).detach()
         return output_head(self._model[0].get_base_model()).detach()
 
 
@@ -105,14 +108,23 @@ def at_supervised(hidden: Tensor, labels: Tensor) -> Tensor:
     return hidden[:, :-1].flatten(0, 1)[(labels[:, 1:] != IGNORE).flatten()]
 
 
-def segment_ids(inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-    """The sequence of each token, [B, T]: its row, or where several lie in a row, counted by `position_ids`."""
-    B, T = labels.shape
-    number = torch.arange(B, device=labels.device)[:, None].expand(B, T)
+def sequence_starts(inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    """Whether a sequence begins at a token, [B, T]: at the first real token of a row, where `position_ids` begin anew,
+    and where an `attention_mask` that numbers packed sequences changes."""
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(labels) if mask is None or mask.dim() != 2 else mask.long()
+    fresh = torch.ones_like(labels, dtype=torch.bool)
+    fresh[:, 1:] = mask[:, 1:] != mask[:, :-1]
     positions = inputs.get("position_ids")
-    if positions is None or inputs.get("attention_mask") is not None:
-        return number
-    return number * T + (positions == 0).expand(B, T).cumsum(-1)
+    if positions is not None:
+        positions = positions.expand_as(labels)
+        fresh[:, 1:] |= (positions[:, 1:] == 0) & (positions[:, :-1] != 0)
+    return fresh & (mask != 0)
+
+
+def segment_ids(inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    """The sequence of each token, [B, T]: another number for each."""
+    return sequence_starts(inputs, labels).flatten().cumsum(0).view(labels.shape)
 
 
 def sequences(inputs: Mapping[str, Tensor], labels: Tensor) -> Iterator[tuple[list[int], list[int]]]:

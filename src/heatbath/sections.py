@@ -100,6 +100,17 @@ class Fields(Section):
     columns: list[str] = []
     kind: str | None = None
 
+    @field_validator("columns")
+    @classmethod
+    def free_names(cls, value: list[str]) -> list[str]:
+        if value:
+            from heatbath.ideas.statistics import STATS
+
+            taken = {*STATS, "input_ids", "labels", "attention_mask", "position_ids", "seq_lengths", "sequence_weight"}
+            if used := sorted(taken.intersection(value)):
+                raise ValueError(f"'{used[0]}' is the name of something else; rename the column")
+        return value
+
 
 class TableData(Data):
     """Rows from tables. A split is read from its own table (`demos_from`, …; its size, where given, takes the first

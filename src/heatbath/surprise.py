@@ -15,7 +15,6 @@ from torch import Tensor
 
 from heatbath.cache import EPSILON, NeededBy, token_columns
 from heatbath.data.rendering import IGNORE, Rendered
-from heatbath.errors import RecipeError
 from heatbath.ideas.gift import Gift, GiftSequence, LeftToBase
 from heatbath.ideas.statistics import Objective, TokenStats
 from heatbath.reference import PASS_TOKENS, FrozenBase, base_pass
@@ -128,9 +127,10 @@ def cache_bytes(
     out = {"hidden": scalars + tokens * width * item}
     if hasattr(objective, "target_mass"):
         needed = NeededBy(objective, vocab_size, epsilon)
-        held = sum(
-            int(needed(torch.from_numpy(-n), token_columns(row)).sum()) for row, n in zip(rows, nats, strict=True)
-        )
+        held = 0
+        for row, n in zip(rows, nats, strict=True):
+            one = torch.zeros(len(n), dtype=torch.long)
+            held += int(needed(torch.from_numpy(-n), token_columns(row), one).sum())
         out["surprise"] = scalars + held * width * item
         out["surprise_tokens"] = held
     return out
@@ -205,31 +205,22 @@ def _most_surprising(
     rows: Sequence[Rendered], nats: Sequence[Nats], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
     """The tokens that surprise most, each once with what stands before it."""
-    enough = 50 * MOST_SURPRISING
-    where = [(float(v), r, t) for r, row in enumerate(nats) for t, v in _largest(row, enough)]
+    x = np.concatenate([*nats, np.zeros(0)])
+    starts = np.concatenate([[0], np.cumsum([len(n) for n in nats])])
+    enough = min(50 * MOST_SURPRISING, len(x))
+    largest = np.argpartition(-x, enough - 1)[:enough] if enough else np.zeros(0, dtype=int)
     listed: list[dict[str, Any]] = []
     seen = set()
-    for value, r, t in sorted(where, reverse=True):
+    for at in sorted(largest.tolist(), key=lambda i: -x[i]):
+        r = int(np.searchsorted(starts, at, side="right")) - 1
         supervised = [i for i, label in enumerate(rows[r].labels) if i and label != IGNORE]
-        position = supervised[t]
+        position = supervised[at - int(starts[r])]
         token = tokenizer.decode(rows[r].input_ids[position])
         before = tokenizer.decode(rows[r].input_ids[max(0, position - CONTEXT) : position])
         if (token, before[-4:]) not in seen:
             seen.add((token, before[-4:]))
-            listed.append({"nats": value, "before": before.replace("\n", "↵"), "token": token.replace("\n", "↵")})
+            shown = {"before": before.replace("\n", "↵"), "token": token.replace("\n", "↵")}
+            listed.append({"nats": float(x[at]), **shown})
         if len(listed) == MOST_SURPRISING:
             break
     return listed
-
-
-def _largest(values: Nats, count: int) -> list[tuple[int, float]]:
-    if len(values) > count:
-        at = np.argpartition(values, -count)[-count:]
-        return [(int(i), float(values[i])) for i in at]
-    return list(enumerate(values.tolist()))
-
-
-def require_measured(nats: Sequence[Nats]) -> None:
-    """Raises RecipeError where there is no token to measure."""
-    if not sum(map(len, nats)):
-        raise RecipeError("no supervised token to measure", "data.demos", "give at least one demonstration")

@@ -16,7 +16,7 @@ from heatbath.ideas.gift import Gift
 from heatbath.ideas.objectives import Sft
 from heatbath.progress import Progress
 from heatbath.recipe import parse
-from heatbath.reference import AdaptersOff, FrozenBase
+from heatbath.reference import AdaptersOff, FrozenBase, sequence_starts
 from heatbath.run import Run
 from heatbath.sections import Lora
 from heatbath.stages.fused_forward import add_objective_forward
@@ -232,3 +232,29 @@ def test_lora_through_both_stages_leaves_plain_models(small_base: Path, tmp_path
     assert not list(run.checkpoint("final").glob("adapter*"))
     kl = [row["kl_init"] for row in run.metrics("rl")]
     assert abs(kl[0]) < 1e-5 and len(kl) == 2, "the start of RL is the model with its adapters off"
+
+
+def test_where_sequences_begin() -> None:
+    """By row, by positions, by a mask that numbers them; padding on either side begins none."""
+    labels = torch.zeros(2, 6, dtype=torch.long)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]])
+    left = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    numbered = torch.tensor([[1, 1, 2, 2, 3, 0], [1, 1, 1, 1, 0, 0]])
+
+    def starts(**inputs: torch.Tensor) -> list[list[int]]:
+        return [row.nonzero().squeeze(-1).tolist() for row in sequence_starts(inputs, labels)]
+
+    assert starts() == [[0], [0]]
+    assert starts(attention_mask=left) == [[0], [2]]
+    assert starts(position_ids=positions) == [[0, 3, 5], [0, 2]]
+    assert starts(position_ids=positions, attention_mask=left) == [[0, 3, 5], [2]]
+    assert starts(position_ids=positions, attention_mask=torch.ones_like(left)) == [[0, 3, 5], [0, 2]]
+    assert starts(attention_mask=numbered) == [[0, 2, 4], [0]]
+
+
+def test_the_collator_takes_no_rows_that_are_padded_already() -> None:
+    row = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
+    assert "columns" not in RowCollator(0)([{**row, "attention_mask": [1, 1, 1]}])
+    for extra in ({"attention_mask": [0, 1, 1]}, {"position_ids": [0, 1, 2]}):
+        with pytest.raises(ValueError, match="makes masks and positions itself"):
+            RowCollator(0)([{**row, **extra}])

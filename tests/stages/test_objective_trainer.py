@@ -12,6 +12,7 @@ from datasets import Dataset
 from test_sft import Caught, demonstrations, distance
 
 from conftest import small_model, small_tokenizer
+from heatbath.errors import RunError
 from heatbath.ideas.engine import dense_loss
 from heatbath.ideas.gift import Gift
 from heatbath.ideas.objectives import OBJECTIVES, Psft, objective
@@ -338,3 +339,76 @@ def test_a_column_that_the_objective_reads_must_be_in_the_rows(tmp_path: Path, s
     run = Run.create(tmp_path / "given", given)
     run_sft(run, given, Progress(quiet=True))
     assert all("sequence_weight" in row for row in run.metrics("sft") if "nll" in row)
+
+
+def plain_trainer(folder: Path, goal, rows: list[dict], **changes) -> ObjectiveMixin:
+    class Mine(ObjectiveMixin, transformers.Trainer):
+        pass
+
+    settings = {"max_steps": 1, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1}
+    return Mine(
+        model=small_model(0),
+        args=transformers.TrainingArguments(output_dir=str(folder), **{**settings, **changes}),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
+        data_collator=RowCollator(1),
+        objective=goal,
+    )
+
+
+def test_a_column_that_an_objective_may_do_without_is_not_lost_on_the_way(tmp_path: Path) -> None:
+    """LUFFY's advantage turns its sign; transformers removes columns that the model does not name."""
+    rows = [{k: r[k] for k in ("input_ids", "labels")} for r in rows_with_columns()]
+    trainer = plain_trainer(tmp_path, objective("luffy"), [{**row, "advantage": -2.0} for row in rows])
+    trainer.train()
+    assert trainer.state.log_history[0]["objective"] > 0
+
+
+def test_a_step_without_supervised_tokens_changes_nothing(tmp_path: Path) -> None:
+    rows = [{"input_ids": r["input_ids"], "labels": [-100] * len(r["labels"])} for r in rows_with_columns()]
+    trainer = plain_trainer(tmp_path, objective("sft"), rows, weight_decay=0.0)
+    trainer.train()
+    for name, p in small_model(0).named_parameters():
+        assert torch.equal(trainer.model.get_parameter(name), p)
+
+
+def test_psft_in_a_plain_trainer_is_validated_against_its_old_policy_and_resumed(tmp_path: Path) -> None:
+    rows = [{k: r[k] for k in ("input_ids", "labels")} for r in rows_with_columns()]
+    often = {"max_steps": 12, "learning_rate": 5e-3, "lr_scheduler_type": "constant", "save_steps": 6}
+    often |= {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 2, "per_device_train_batch_size": 4}
+    whole = plain_trainer(tmp_path / "whole", objective("psft", refresh=4), rows, **often)
+    whole.train()
+    ratios = [row["val/ratio"] for row in whole.state.log_history if "val/ratio" in row]
+    assert len(ratios) == 6 and min(abs(r - 1) for r in ratios) > 1e-4, "no evaluation renews the copy"
+    again = plain_trainer(tmp_path / "whole", objective("psft", refresh=4), rows, **often)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    for name, p in whole.model.named_parameters():
+        assert torch.equal(again.model.get_parameter(name), p)
+
+
+def test_validation_in_a_plain_trainer_returns_the_token_mean(tmp_path: Path) -> None:
+    rows = [{k: r[k] for k in ("input_ids", "labels")} for r in rows_with_columns()]
+    found = plain_trainer(tmp_path, objective("sft"), rows, per_device_eval_batch_size=3).evaluate()
+    assert found["eval_loss"] == found["val/objective"] == pytest.approx(found["val/nll"])
+    with pytest.raises(RunError, match="compute_metrics would never be called"):
+        ObjectiveTrainer(model=small_model(0), objective=objective("sft"), compute_metrics=print)
+
+
+def test_an_objective_file_edited_in_the_middle_stops_the_resumed_run(small_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    chosen = recipe(small_base, objective={"name": f"{tmp_path}/mine.py:Focal"}, save_every=1)
+    run = Run.create(tmp_path / "run", chosen)
+    trained = ObjectiveTrainer.train
+
+    def dying(self, *arguments, **kwargs):
+        raise KeyboardInterrupt
+
+    try:
+        ObjectiveTrainer.train = dying
+        with pytest.raises(KeyboardInterrupt):
+            run_sft(run, chosen, Progress(quiet=True))
+    finally:
+        ObjectiveTrainer.train = trained
+    (tmp_path / "mine.py").write_text(MINE.replace("* -stats.logp", "* -7 * stats.logp"))
+    with pytest.raises(RunError, match="file of the objective Focal has changed"):
+        run_sft(run, chosen, Progress(quiet=True))

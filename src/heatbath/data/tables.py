@@ -234,6 +234,12 @@ def _rows(record: dict[str, Any], where: str, fields: Fields, need: tuple[str, .
     kind = _text(record.get(fields.kind), fields.kind, where) or "" if fields.kind is not None else ""
     columns = {name: _numbers(record, name, where) for name in (fields.columns if "solution" in need else ())}
     chosen: list[str | None] = [*solutions[:most]] or [None]
+    if len(chosen) > 1 and (lists := [name for name, value in columns.items() if isinstance(value, list)]):
+        raise DataError(
+            f"the column '{lists[0]}' has a number per token, and the row has {len(chosen)} solutions",
+            where,
+            "give each solution a row of its own",
+        )
     kinds = several[:most] if several and not kind else [kind] * len(chosen)
     return [
         Row(question, solution, answer, history, where, kind=of, columns=columns)

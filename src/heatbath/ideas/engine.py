@@ -245,7 +245,7 @@ class _LinearLoss(torch.autograd.Function):
                 _record(objective, stats, loss, sums)
             if need:
                 gradients.add(chunk, slopes)
-        ctx.gradients = gradients.take(head.dtype)
+        ctx.gradients, ctx.dtype = (gradients.dh, gradients.dw), head.dtype
         return total.to(run.accumulate)
 
     @staticmethod
@@ -253,9 +253,11 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("linear_loss has handed its gradient over: for a second backward call it again")
-        # Scaled in place and handed over: a second [V, d] tensor would cost as much as all the elementwise work.
-        dh, dw = (None if g is None else g.mul_(upstream[0].to(g.dtype)) for g in ctx.gradients)
-        ctx.gradients = None
+        (dh, dw), ctx.gradients = ctx.gradients, None
+        if dw is not None:  # in place: a second [V, d] tensor would cost as much as all the elementwise work
+            dw = dw.mul_(upstream[0]).to(ctx.dtype)
+        if dh is not None:  # 1/N itself is not rounded to 16 bits
+            dh = (dh.to(upstream[0].dtype) * upstream[0]).to(dh.dtype)
         return dh, dw, None, None, None
 
 

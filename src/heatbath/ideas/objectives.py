@@ -455,8 +455,9 @@ def _imported(name: str) -> type:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(module_name)
-    except (ImportError, OSError, SyntaxError) as error:
-        raise ValueError(f"cannot import '{module_name}' of the objective '{name}': {error}") from None
+    except Exception as error:  # noqa: BLE001 - whatever a user's own file raises while it is read
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"cannot import '{module_name}' of the objective '{name}': {what}") from None
     found = getattr(module, attribute, None)
     if not isinstance(found, type):
         raise ValueError(f"'{module_name}' has no class '{attribute}'")

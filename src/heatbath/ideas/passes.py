@@ -256,5 +256,9 @@ def even_parts(count: int, most: int) -> Iterator[tuple[int, int]]:
 
 def chunk_size(head: Tensor) -> int:
     """Tokens whose logits are held at once."""
-    kind = "cpu" if head.device.type == "cpu" else "cuda"
-    return min(CHUNK_MOST, max(CHUNK_FLOOR[kind], CHUNK_ELEMENTS[kind] // head.shape[0]))
+    return chunk_tokens(head.shape[0], "cpu" if head.device.type == "cpu" else "cuda")
+
+
+def chunk_tokens(vocab_size: int, kind: str) -> int:
+    """The same for a vocabulary on "cpu" or "cuda"."""
+    return min(CHUNK_MOST, max(CHUNK_FLOOR[kind], CHUNK_ELEMENTS[kind] // vocab_size))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from heatbath import models, surprise
 from heatbath.cache import CachedBase, Needed, NeededBy, ReferenceCache, everything, nothing
 from heatbath.data.rendering import IGNORE, Rendered
-from heatbath.errors import DataError
+from heatbath.errors import DataError, RunError
 from heatbath.ideas.engine import linear_stats
 from heatbath.ideas.gift import Gift, LeftToBase
 from heatbath.ideas.passes import BASE_ROWS
@@ -50,10 +51,11 @@ class MeasuredBase:
         self.cache = ReferenceCache.of(model, cache_root(), self.autocast) if cached else None
 
     def fill(self, goal: Objective, rows: list[Rendered], progress: Progress) -> None:
-        """Adds to the cache what it lacks of these rows, if there is a cache and the objective is settled."""
-        if self.cache is None or left_open(goal):
+        """Adds to the cache, if there is one, what it lacks of these rows; of an objective not settled yet that is
+        their surprise alone."""
+        if self.cache is None:
             return
-        needed = needed_rows(self.settings, goal, self.vocab_size)
+        needed = nothing if left_open(goal) else needed_rows(self.settings, goal, self.vocab_size)
         if count := len(self.cache.missing(rows, needed)):
             with self.frozen() as base, progress.bar("reference cache", count):
                 self.cache.fill(base, rows, needed, pad_id=self.pad_id, autocast=self.autocast, said=progress.update)
@@ -106,14 +108,20 @@ def settle(
 
     Measured once and stored in surprise.json, with the profile that a user reads before training starts.
     """
-    found = run.read_json("surprise.json")
-    if found is not None:
+    found, source = run.read_json("surprise.json"), source_hash(goal)
+    if found is not None and found.get("source") != source:
+        raise RunError(
+            f"the file of the objective {type(goal).__name__} has changed since this stage began",
+            str(inspect.getsourcefile(type(goal))),
+            "put it back, or --fresh",
+        )
+    if found is not None and ("settled" in found or not (left_open(goal) or hasattr(goal, "calibrate"))):
         settled = found.get("settled")
         return dataclasses.replace(goal, **settled) if settled else goal  # type: ignore[type-var]
     progress.say("measuring how surprising the base finds the demonstrations")
     measured = demos if left_open(goal) or base.cache is not None else demos[:PROFILE_ROWS]
     nats = base.surprises(measured)
-    settled: dict[str, Any] = {}
+    settled = {}
     if left_open(goal):
         goal = surprise.resolve(goal, nats, base.vocab_size)
         settled["beta"] = goal.beta  # type: ignore[attr-defined]
@@ -124,11 +132,20 @@ def settle(
     profile = surprise.profile(
         measured, nats, tokenizer, goal, vocab_size=base.vocab_size, kinds=kinds[: len(measured)]
     )
-    run.write_json("surprise.json", {"demonstrations": len(demos), "settled": settled, **profile})
+    run.write_json("surprise.json", {"demonstrations": len(demos), "settled": settled, "source": source, **profile})
     progress.say(surprise.describe(profile))
     for name, value in settled.items():
         progress.say(f"measured on the base: {name} = {value:.6g}")
     return goal
+
+
+def source_hash(goal: Objective) -> str | None:
+    """SHA-256 of the file that a user's own objective stands in, None for ours: resuming under an edited one would be
+    another loss in the same run."""
+    if type(goal).__module__.startswith("heatbath.ideas."):
+        return None
+    path = inspect.getsourcefile(type(goal))
+    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def left_open(goal: Objective) -> bool:

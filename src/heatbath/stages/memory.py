@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 from heatbath import models
 from heatbath.errors import RecipeError
 from heatbath.ideas.objectives import objective
+from heatbath.ideas.passes import chunk_tokens
 from heatbath.ideas.statistics import needs_reference
 from heatbath.recipe import Recipe
 from heatbath.stages.training import lora_config
 
 GIB = 2**30
-CHUNK_ROWS = 1024  # tokens whose logits the engine holds at once
 LIBRARIES = int(0.5 * GIB)  # torch, transformers and TRL themselves
 ROUND = 4  # decimals of a GiB
 
@@ -38,6 +38,8 @@ def estimate(recipe: Recipe, longest: int, longest_prompt: int) -> dict[str, dic
         goal = objective(recipe.sft.objective.name, **recipe.sft.objective.hyper)
         beside = needs_reference(goal) and recipe.sft.reference == "model" and not recipe.lora
         stages["sft"] = _parts(shape, trained, tokens, short, frozen=beside)
+        if needs_reference(goal) and recipe.sft.reference != "model":
+            stages["sft"]["head of the base"] = round(4 * shape["V"] * shape["d"] / GIB, ROUND)
         if hasattr(goal, "refresh"):
             stages["sft"]["old policy"] = round(4 * trained / GIB, ROUND)
     if recipe.rl is not None:
@@ -64,9 +66,9 @@ def _parts(shape: dict[str, int], trained: int, tokens: int, short: bool, *, fro
         activations = tokens * (per_layer + shape["layers"] * width * shape["d"])
     else:
         activations = tokens * per_layer * shape["layers"]
-    logits = (
-        6 * 4 * min(tokens, CHUNK_ROWS) * shape["V"]
-    )  # of a chunk, policy and base: logits, probabilities, gradient
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    # Of a chunk, policy and base: logits in the products' own width and what they are worked on in.
+    logits = 2 * (4 + width) * min(tokens, chunk_tokens(shape["V"], kind)) * shape["V"]
     parts = {
         "weights": 4 * all_parameters * copies + casts,
         "gradients": 4 * trained,

@@ -6,6 +6,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import peft
@@ -16,10 +17,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from heatbath.data.rendering import IGNORE
+from heatbath.errors import RunError
 from heatbath.ideas.statistics import Objective
-from heatbath.reference import AdaptersOff, Reference, require_same_vocabulary
+from heatbath.reference import AdaptersOff, Reference, require_same_vocabulary, sequence_starts
 from heatbath.stages.fused_forward import add_objective_forward
-from heatbath.stages.training import require_finite
+from heatbath.stages.training import CARRIED, RowCollator, require_finite
 
 Reduction = Literal["token_mean", "sequence_sum", "microbatch_token_mean"]
 
@@ -49,6 +51,11 @@ class ObjectiveMixin:
         reduction: Reduction = "token_mean",
         **kwargs: Any,
     ):
+        arguments = kwargs.get("args") or (args[1] if len(args) > 1 else None)
+        if arguments is not None and isinstance(kwargs.get("data_collator"), RowCollator):
+            arguments.remove_unused_columns = False  # all of them are numbers that the objective may read
+        if kwargs.get("compute_metrics") is not None:
+            raise RunError("compute_metrics would never be called", "compute_metrics", "there are no logits; drop it")
         super().__init__(*args, **kwargs)
         if reference is None and isinstance(self.model, peft.PeftModel):
             reference = AdaptersOff(self.model)
@@ -56,8 +63,9 @@ class ObjectiveMixin:
             require_same_vocabulary(self.model, reference)
         self.objective, self.reference, self.reduction = objective, reference, reduction
         self._sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
+        self._validated: dict[str, float] = {}
         self._window_started = time.perf_counter()
-        self._old = OldPolicy(self.model) if hasattr(objective, "refresh") else None
+        self._old = OldPolicy() if hasattr(objective, "refresh") else None
         add_objective_forward(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -81,6 +89,8 @@ class ObjectiveMixin:
         started = time.perf_counter()
         with torch.random.fork_rng():  # a checkpoint of this step holds the random state from before it
             result: dict[str, float] = super().evaluate(*args, **kwargs)  # type: ignore[misc]
+        if self._validated:  # transformers' own loss is the mean of its batches' means
+            result |= {"eval_loss": self._validated["val/objective"], **self._validated}
         self._window_started += time.perf_counter() - started  # evaluation does not count as training time
         return result
 
@@ -98,7 +108,8 @@ class ObjectiveMixin:
         columns = dict(inputs.pop("columns", None) or {})
         columns |= {name: inputs.pop(name) for name in getattr(goal, "columns", ()) if name in inputs}
         if self._old is not None and "old_logp" not in columns:
-            columns["old_logp"] = self._old.logp(model, inputs, step // goal.refresh)
+            at = step if mode == "train" else max(step - 1, 0)  # an evaluation belongs to the step before it
+            columns["old_logp"] = self._old.logp(model, inputs, at // goal.refresh)
         out = model(**inputs, objective=goal, reference=self.reference, columns=columns)
         loss, tokens = out["loss"], out["tokens"]
         require_finite(loss, f"step {step + 1}", "lower sft.lr, or look for a broken row")
@@ -109,7 +120,7 @@ class ObjectiveMixin:
             return loss / max(tokens, 1)
         # DDP averages gradients over ranks, and the denominator already spans all of them.
         assert num_items_in_batch is not None
-        return loss / num_items_in_batch * self.accelerator.num_processes
+        return loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None, None]:
         """The loss alone: there are no logits to gather."""
@@ -121,24 +132,41 @@ class ObjectiveMixin:
             self._sums[mode][name] += value  # stays on the device until the next log
 
     def carried(self) -> dict[str, Any]:
-        """What a resumed stage must know: what has been summed since the last log, and PSFT's old policy."""
-        state: dict[str, Any] = {"sums": {name: float(value) for name, value in self._sums["train"].items()}}
+        """What a resumed stage must know: what all ranks have summed since the last log, and PSFT's old policy."""
+        state: dict[str, Any] = {"sums": self._totals("train")}
         return state | ({"old_policy": self._old.state()} if self._old is not None else {})
 
     def carry_on(self, state: dict[str, Any]) -> None:
-        self._sums["train"].update(state["sums"])
+        if self.is_world_process_zero():
+            self._sums["train"].update(state["sums"])
         if self._old is not None:
             self._old.load(state["old_policy"])
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        state = self.carried()
+        folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            torch.save(state, folder / CARRIED)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None and (Path(checkpoint) / CARRIED).is_file():
+            self.carry_on(torch.load(Path(checkpoint) / CARRIED, weights_only=True))
+
+    def _totals(self, mode: str) -> dict[str, float]:
+        """Sums over all ranks, by name: a rank whose rows held no supervised token has fewer of them."""
+        totals: Counter[str] = Counter()
+        for part in gather_object([{name: float(value) for name, value in self._sums[mode].items()}]):
+            totals.update(part)
+        return dict(totals)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Token-weighted means over all tokens since the last log; the objective and NLL by name, never a bare loss."""
         mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
-        sums = self._sums[mode]
-        # By name, because a rank whose rows held no supervised token has fewer of them.
-        totals: Counter[str] = Counter()
-        for part in gather_object([{name: float(value) for name, value in sums.items()}]):
-            totals.update(part)
-        if totals["supervised"]:
+        totals = self._totals(mode)
+        self._sums[mode].clear()
+        if totals.get("supervised"):
             tokens, supervised = totals.pop("tokens"), totals.pop("supervised")
             prefix = "val/" if mode == "eval" else ""
             values = {prefix + name: value / supervised for name, value in totals.items()}
@@ -146,7 +174,8 @@ class ObjectiveMixin:
                 values["tokens_per_second"] = tokens / (time.perf_counter() - self._window_started)
                 values |= {key: logs[key] for key in ("learning_rate", "grad_norm") if key in logs}
                 self._window_started = time.perf_counter()
-            sums.clear()
+            else:
+                self._validated = values
             transformers.Trainer.log(self, values, start_time)
 
 
@@ -155,20 +184,28 @@ class ObjectiveTrainer(ObjectiveMixin, trl.SFTTrainer):
 
 
 class OldPolicy:
-    """PSFT's old policy: a copy of the trained weights, taken anew every so many optimizer steps."""
+    """PSFT's old policy: a copy of the trained weights, taken anew every so many optimizer steps.
 
-    def __init__(self, model: torch.nn.Module):
-        self._trained = [p for p in model.parameters() if p.requires_grad]
+    Its log-probabilities are taken without dropout, so that under dropout the ratio is not exactly 1 after a renewal.
+    """
+
+    def __init__(self) -> None:
         self._copy: list[Tensor] = []
         self._period = -1
 
     def logp(self, model: torch.nn.Module, inputs: Mapping[str, Any], period: int) -> Tensor:
-        """log π_old(y) of a batch, [B, T], aligned with the labels; the copy is renewed when `period` has moved on."""
-        if period != self._period:
-            self._copy, self._period = [p.detach().clone() for p in self._trained], period
+        """log π_old(y) of a batch, [B, T], aligned with the labels; the copy is renewed when `period` has moved on.
+
+        Raises RunError where the weights are sharded: a copy of the parameters is then not the model.
+        """
+        trained = [p for p in model.parameters() if p.requires_grad]  # looked up each time: wrapping replaces them
+        if any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") or hasattr(p, "_is_flat_param") for p in trained):
+            raise RunError("psft keeps no old policy of sharded weights", "sft.objective", "train it under DDP")
+        if period > self._period:
+            self._copy, self._period = [p.detach().clone() for p in trained], period
         labels = inputs["labels"]
         training = model.training
-        with torch.no_grad(), self._in_place():
+        with torch.no_grad(), self._in_place(trained):
             model.eval()
             found = model(**inputs, statistics=("logp",)).logp
             model.train(training)
@@ -177,15 +214,15 @@ class OldPolicy:
         return out
 
     @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        now = [p.data for p in self._trained]
+    def _in_place(self, trained: list[torch.nn.Parameter]) -> Iterator[None]:
+        now = [p.data for p in trained]
         torch.clear_autocast_cache()  # it holds 16-bit copies of the weights by their names, not their values
         try:
-            for p, old in zip(self._trained, self._copy, strict=True):
-                p.data = old
+            for p, old in zip(trained, self._copy, strict=True):
+                p.data = old.to(p.device)
             yield
         finally:
-            for p, data in zip(self._trained, now, strict=True):
+            for p, data in zip(trained, now, strict=True):
                 p.data = data
             torch.clear_autocast_cache()
 
@@ -193,14 +230,11 @@ class OldPolicy:
         return {"period": self._period, "weights": self._copy}
 
     def load(self, state: dict[str, Any]) -> None:
-        self._period = state["period"]
-        self._copy = [saved.to(p.device) for saved, p in zip(state["weights"], self._trained, strict=False)]
+        self._period, self._copy = state["period"], state["weights"]
 
 
 def _sequences(batch: dict[str, torch.Tensor]) -> int:
-    """Sequences of a batch: its rows, or as many as begin in a row of several."""
-    positions = batch.get("position_ids")
-    return len(batch["labels"]) if positions is None else int((positions == 0).sum())
+    return int(sequence_starts(batch, batch["labels"]).sum())
 
 
 def _tokens(batch: dict[str, torch.Tensor]) -> int:

@@ -20,7 +20,7 @@ from heatbath.progress import Progress
 from heatbath.recipe import SFT, Recipe
 from heatbath.report import tables
 from heatbath.report.page import write_surprise
-from heatbath.run import write_atomically
+from heatbath.run import is_run, write_atomically
 from heatbath.stages.measuring import MeasuredBase, left_open, require_columns
 
 WIDTH = 48  # characters of the longest bar
@@ -33,6 +33,8 @@ def run_surprise(recipe: Recipe, folder: Path, command: str, progress: Progress)
         recipe = recipe.model_copy(update={"sft": SFT()})
     if recipe.model is None:
         raise RecipeError("the base of this recipe is not made yet", "[pretrain]", "profile a recipe that uses it")
+    if is_run(folder):
+        raise RecipeError("the folder holds a run, whose own profile would be lost", "--out", "name another folder")
     assert recipe.sft is not None
     splits = sources.load(recipe.data, recipe.seed)
     sources.require(splits, recipe, ("sft",))

@@ -143,7 +143,9 @@ class RowCollator:
     packing: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        names = [name for name in rows[0] if name not in ("input_ids", "labels")]
+        names = [name for name in rows[0] if name not in ("input_ids", "labels", "attention_mask")]
+        if not all(all(row.get("attention_mask", ())) for row in rows) or {"position_ids", "seq_lengths"} & {*names}:
+            raise ValueError("RowCollator makes masks and positions itself: give it rows without padding or packing")
         columns = {name: [_per_token(row, name) for row in rows] for name in names}
         if self.packing:
             batch: dict[str, Any] = {
@@ -213,7 +215,8 @@ class _KeepResumable(TrainerCallback):
         folder = Path(str(args.output_dir))
         checkpoint = folder / f"checkpoint-{state.global_step}"
         (checkpoint / "training_args.bin").unlink(missing_ok=True)  # pickled, and nothing reads it
-        torch.save(self.trainer.carried(), checkpoint / CARRIED)
+        if not (checkpoint / CARRIED).exists():
+            torch.save(self.trainer.carried(), checkpoint / CARRIED)
         _to_disk(checkpoint)
         self.run.complete(checkpoint, self.stage)
         for other in folder.glob("checkpoint-*"):
