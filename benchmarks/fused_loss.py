@@ -6,8 +6,9 @@
     python benchmarks/fused_loss.py --preset qwen2.5-7b --tokens 16384 --dtype bf16   # on a GPU
 
 Every variant computes the loss, dh and dW from hidden states and head. Rounds alternate between the variants; a ratio
-is the median over rounds of one variant's time to the bare products' of the same round. `gemms` are the products a
-variant cannot do without, chunk by chunk in the same loop: logits (and the base's), dh, dW.
+is the median over rounds of one variant's time to the bare products' of the same round, `cpu_ratio` the same in
+CPU-seconds, which other processes disturb less. `gemms` are the products a variant cannot do without, chunk by chunk in
+the same loop: logits (and the base's), dh, dW.
 """
 
 from __future__ import annotations
@@ -166,43 +167,58 @@ def bare(name: str, names: list[str]) -> str:
     return "gemms 4" if name in ("dense gift", "authors' order", "Liger fused JSD") else "gemms 3"
 
 
-def timed(call: Callable[[], None], device: torch.device) -> float:
+def timed(call: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Seconds, and CPU-seconds of all threads."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     call()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - busy
+
+
+def in_pairs(calls: dict[str, Callable[[], None]], names: list[str]) -> list[str]:
+    """The variants in an order in which each stands beside the products it is measured against."""
+    order: list[str] = []
+    for products_ in [name for name in calls if name.startswith("gemms")]:
+        order += [n for n in calls if not n.startswith("gemms") and bare(n, names) == products_] + [products_]
+    return order
 
 
 def time_all(options: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
     problem = Problem(options)
     calls = {k: v for k, v in variants(problem, names).items() if not options.only or k in options.only}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order = in_pairs(calls, names)
+    seconds: dict[str, list[float]] = {name: [] for name in order}
+    busy: dict[str, list[float]] = {name: [] for name in order}
     memory: dict[str, float] = {}
     for number in range(options.rounds + 1):  # the first warms up
-        for name, call in calls.items():
+        for name in order:
+            call = calls[name]
             if problem.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
-            taken = timed(call, problem.device)
+            taken, used = timed(call, problem.device)
             if problem.device.type == "cuda":
                 memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
             if number or options.rounds == 0:
                 seconds[name].append(taken)
+                busy[name].append(used)
             print(f"round {number} {name}: {taken:.2f} s", file=sys.stderr)
     rows = []
     for name, times in seconds.items():
-        against = seconds.get(bare(name, names), [])
-        ratios = [a / b for a, b in zip(times, against, strict=False)]
+        beside = bare(name, names)
+        ratios = [a / b for a, b in zip(times, seconds.get(beside, []), strict=False)]
+        cpu = [a / b for a, b in zip(busy[name], busy.get(beside, []), strict=False)]
         rows.append(
             {
                 "variant": name,
                 "seconds": round(statistics.median(times), 4),
-                "against": bare(name, names),
+                "against": beside,
                 "ratio": round(statistics.median(ratios), 3) if ratios else None,
                 "ratios": [round(x, 3) for x in ratios],
+                "cpu_ratio": round(statistics.median(cpu), 3) if cpu and problem.device.type == "cpu" else None,
                 **({"extra_gib": round(memory[name], 2)} if name in memory else {}),
             }
         )

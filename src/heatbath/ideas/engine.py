@@ -254,6 +254,8 @@ class _LinearLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("linear_loss has handed its gradient over: for a second backward call it again")
         (dh, dw), ctx.gradients = ctx.gradients, None
+        if upstream[0].device.type == "cpu" and upstream[0] == 1:  # elsewhere the question costs more than the answer
+            return dh, None if dw is None else dw.to(ctx.dtype), None, None, None
         if dw is not None:  # in place: a second [V, d] tensor would cost as much as all the elementwise work
             dw = dw.mul_(upstream[0]).to(ctx.dtype)
         if dh is not None:  # 1/N itself is not rounded to 16 bits
