@@ -4,7 +4,8 @@
     python benchmarks/sft_step.py --precision bf16
 
 Rounds alternate between the variants; a ratio is the median over rounds of one variant's time to another's in the same
-round. `base bodies` is the number of models in memory beside the policy.
+round, its `cpu` twin the same in CPU-seconds, which other processes disturb less. `base bodies` is the number of models
+in memory beside the policy.
 """
 
 from __future__ import annotations
@@ -84,11 +85,48 @@ def step(trainer: Any, batch: dict[str, Any], tokens: int, precision: torch.dtyp
     return call
 
 
+def trainers(
+    options: argparse.Namespace,
+    tokenizer: Any,
+    made: list[rendering.Rendered],
+    policy: Any,
+    base: FrozenBase,
+    folder: Path,
+    precision: torch.dtype | None,
+) -> tuple[dict[str, tuple[Any, int]], int]:
+    """Name → trainer and the number of base bodies beside it; and how many tokens' hidden states the cache holds."""
+    gift = objective("gift", beta=options.beta)
+    hidden = ReferenceCache.of(policy, folder / "hidden", precision)
+    hidden.fill(base, made, everything, pad_id=tokenizer.pad_token_id, autocast=precision)
+    needed = NeededBy(gift, hidden.vocab_size, options.epsilon)
+    known = ReferenceCache.of(policy, folder / "surprise", precision)
+    known.fill(base, made, needed, pad_id=tokenizer.pad_token_id, autocast=precision)
+    held = sum(len(known.row(r.input_ids, r.labels).held) for r in made)
+    given: dict[str, Any] = {
+        "train_dataset": Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}]),
+        "processing_class": tokenizer,
+        "args": arguments(str(folder)),
+    }
+
+    def ours(goal: Any, reference: Reference | None) -> ObjectiveTrainer:
+        return ObjectiveTrainer(model=copy.deepcopy(policy), objective=goal, reference=reference, **given)
+
+    variants = {
+        "TRL SFT (nll)": (trl.SFTTrainer(model=copy.deepcopy(policy), **given), 0),
+        "sft": (ours(objective("sft"), None), 0),
+        "gift, frozen model": (ours(gift, base), 1),
+        "gift, hidden cache": (ours(gift, CachedBase(hidden)), 0),
+        "gift, surprise cache": (ours(gift, CachedBase(known)), 0),
+    }
+    return variants, held
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", action="append", help="only this variant; may be repeated")
     parser.add_argument("--beta", type=float, default=10.0)
     parser.add_argument("--epsilon", type=float, default=1e-3)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
@@ -103,42 +141,25 @@ def main() -> None:
     policy = models.load_model(options.model, torch.float32)
     base = FrozenBase(copy.deepcopy(policy))
     policy.requires_grad_(True)
-    gift = objective("gift", beta=options.beta)
     with tempfile.TemporaryDirectory() as folder:
-        hidden = ReferenceCache.of(policy, Path(folder) / "hidden", precision)
-        hidden.fill(base, made, everything, pad_id=tokenizer.pad_token_id, autocast=precision)
-        needed = NeededBy(gift, hidden.vocab_size, options.epsilon)
-        known = ReferenceCache.of(policy, Path(folder) / "surprise", precision)
-        known.fill(base, made, needed, pad_id=tokenizer.pad_token_id, autocast=precision)
-        held = sum(len(known.row(r.input_ids, r.labels).held) for r in made)
-        given: dict[str, Any] = {
-            "train_dataset": Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}]),
-            "processing_class": tokenizer,
-            "args": arguments(folder),
-        }
-
-        def ours(goal: Any, reference: Reference | None) -> ObjectiveTrainer:
-            return ObjectiveTrainer(model=copy.deepcopy(policy), objective=goal, reference=reference, **given)
-
-        variants = {
-            "TRL SFT (nll)": (trl.SFTTrainer(model=copy.deepcopy(policy), **given), 0),
-            "sft": (ours(objective("sft"), None), 0),
-            "gift, frozen model": (ours(gift, base), 1),
-            "gift, hidden cache": (ours(gift, CachedBase(hidden)), 0),
-            "gift, surprise cache": (ours(gift, CachedBase(known)), 0),
-        }
+        variants, held = trainers(options, tokenizer, made, policy, base, Path(folder), precision)
+        variants = {name: v for name, v in variants.items() if not options.only or name in options.only}
         calls = {name: step(trainer, batch, tokens, precision) for name, (trainer, _) in variants.items()}
         seconds: dict[str, list[float]] = {name: [] for name in calls}
+        busy: dict[str, list[float]] = {name: [] for name in calls}
         for number in range(options.rounds + 1):  # the first warms up
             for name, call in calls.items():
-                started = time.perf_counter()
+                started, used = time.perf_counter(), time.process_time()
                 call()
                 if number:
                     seconds[name].append(time.perf_counter() - started)
+                    busy[name].append(time.process_time() - used)
                 print(f"round {number} {name}: {time.perf_counter() - started:.2f} s", file=sys.stderr)
 
-    def ratio(name: str, to: str) -> float:
-        return round(statistics.median(a / b for a, b in zip(seconds[name], seconds[to], strict=True)), 3)
+    def ratio(times: dict[str, list[float]], name: str, to: str) -> float | None:
+        if to not in times:
+            return None
+        return round(statistics.median(a / b for a, b in zip(times[name], times[to], strict=True)), 3)
 
     facts = {
         "command": " ".join(["python", "benchmarks/sft_step.py", *sys.argv[1:]]),
@@ -151,8 +172,10 @@ def main() -> None:
             {
                 "variant": name,
                 "seconds": round(statistics.median(times), 3),
-                "to TRL": ratio(name, "TRL SFT (nll)"),
-                "to sft": ratio(name, "sft"),
+                "to TRL": ratio(seconds, name, "TRL SFT (nll)"),
+                "to sft": ratio(seconds, name, "sft"),
+                "cpu to TRL": ratio(busy, name, "TRL SFT (nll)"),
+                "cpu to sft": ratio(busy, name, "sft"),
                 "base bodies": variants[name][1],
             }
             for name, times in seconds.items()
