@@ -307,29 +307,35 @@ def test_models_that_take_no_token_count_are_normalised_all_the_same(tmp_path: P
     assert distance(split, whole) < 1e-10
 
 
-def two_processes(out: Path, mode: str) -> dict[str, torch.Tensor]:
-    """The gradient that rank 0 of two sees, by two_processes.py."""
+MODES = ("token_mean", "sequence_sum", "hidden_cache", "fsdp2", "fsdp2_head")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the gradient that rank 0 of two sees in each mode, by two_processes.py."""
+    folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).with_name("two_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
     done = subprocess.run(
-        [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(out), mode],
+        [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(folder), *MODES],
         capture_output=True,
         text=True,
         timeout=200,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out)
+    return folder
 
 
-@pytest.mark.parametrize("mode", ["token_mean", "sequence_sum", "hidden_cache", "fsdp2", "fsdp2_head"])
-def test_two_processes_take_the_step_of_one(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_take_the_step_of_one(tmp_path: Path, two_processes: Path, mode: str) -> None:
     """Over gloo, 2 ranks × 2 rows × 2 micro-batches have the gradient of 1 × 8 × 1: DDP under both exact reductions
     and from a cache, and FSDP2, whose head is a DTensor."""
     reduction = "sequence_sum" if mode == "sequence_sum" else "token_mean"
     policy = small_model(0, tied=mode != "fsdp2_head").double()
     whole, _ = one_step(tmp_path / mode, micro=8, accumulation=1, reduction=reduction, policy=policy)
-    assert distance(two_processes(tmp_path / f"{mode}.pt", mode), whole) < (1e-6 if mode == "hidden_cache" else 1e-10)
+    found = torch.load(two_processes / f"{mode}.pt")
+    assert distance(found, whole) < (1e-6 if mode == "hidden_cache" else 1e-10)
 
 
 def test_validation_is_token_weighted(small_base: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One rank of `test_two_processes_take_the_step_of_one`; rank 0 writes the gradient it sees."""
+"""One rank of `test_two_processes_take_the_step_of_one`; rank 0 writes the gradient it sees in each mode."""
 
 import sys
 from pathlib import Path
@@ -51,10 +51,12 @@ def fully_sharded(mode: str) -> dict:
 
 
 if __name__ == "__main__":
-    out, mode = Path(sys.argv[1]), sys.argv[2]
-    if mode.startswith("fsdp2"):
-        torch.distributed.init_process_group("gloo")
-    gradient = fully_sharded(mode) if mode.startswith("fsdp2") else data_parallel(out, mode)
-    if int(torch.distributed.get_rank()) == 0:
-        torch.save(gradient, out)
+    folder = Path(sys.argv[1])
+    for mode in sys.argv[2:]:
+        if not torch.distributed.is_initialized() and mode.startswith("fsdp2"):
+            torch.distributed.init_process_group("gloo")
+        out = folder / f"{mode}.pt"
+        gradient = fully_sharded(mode) if mode.startswith("fsdp2") else data_parallel(out, mode)
+        if int(torch.distributed.get_rank()) == 0:
+            torch.save(gradient, out)
     torch.distributed.destroy_process_group()
