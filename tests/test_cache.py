@@ -200,6 +200,24 @@ def test_a_shard_that_is_lost_or_broken_is_filled_again(tmp_path: Path, monkeypa
     assert not ReferenceCache(cache.folder).missing(rows(), everything)
 
 
+def test_more_shards_than_a_process_may_open_are_neither_lost_nor_thrown_away(tmp_path: Path, monkeypatch) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr("heatbath.cache.SHARD_TOKENS", 1)  # a shard for each row
+    cache = filled(tmp_path)
+    for number in range(30):
+        for shard in list(cache.folder.glob("shard-0000*")):
+            shutil.copytree(shard, cache.folder / f"shard-{1000 * (number + 1) + int(shard.name[6:]):06d}")
+    shards = len(list(cache.folder.glob("shard-*")))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, hard), hard))
+    try:
+        again = ReferenceCache(cache.folder)
+        assert again.fill(FrozenBase(small_model(1)), rows(), everything, pad_id=1) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(list(cache.folder.glob("shard-*"))) == shards > 512 // 3
+
+
 def test_rows_alike_but_for_their_columns_are_passed_over_once_for_all_their_needs(tmp_path: Path) -> None:
     model, row = small_model(1), rows()[0]
     twins = [dataclasses.replace(row, columns={"b": [x] * len(row.input_ids)}) for x in (50.0, 0.0)]

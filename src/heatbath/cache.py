@@ -10,6 +10,7 @@ Rows are written in shards that take their name only when complete; an interrupt
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -41,6 +42,7 @@ STORED = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 }
 
+OPEN_FILES = 300  # a process may usually have 1,024, and a large cache has thousands
 ASKED_TOKENS = 2**20  # whose need is found at once
 # Irrelevant to what the body computes, and changed by trainers.
 NOT_WEIGHTS = ("_name_or_path", "transformers_version", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
@@ -186,11 +188,14 @@ class ReferenceCache:
 
     def _clear_away(self) -> None:
         """Removes what a kill has left: unfinished folders, and shards that a power cut has broken."""
+        _mapped.cache_clear()  # what is mapped may have been broken since
         for path in [
             *self.folder.glob(".shard-*"),
             *(p for p in self.folder.glob("shard-*") if _Shard.read(p) is None),
         ]:
             shutil.rmtree(path, ignore_errors=True)
+            self._shards.pop(path.name, None)
+        self._where = {key: (s, n) for key, (s, n) in self._where.items() if s.path.name in self._shards}
 
     def row(self, input_ids: Sequence[int], labels: Sequence[int]) -> CachedRow | None:
         """What is known of a row, or None."""
@@ -264,27 +269,34 @@ class _Shard:
 
     @classmethod
     def read(cls, path: Path) -> _Shard | None:
-        """The shard, or None where it is broken or gone."""
+        """The shard, or None where it is broken or gone. Any other trouble of the file system is raised: a shard that
+        cannot be opened just now is not broken."""
         try:
             return cls(path)
-        except (OSError, ValueError, EOFError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):
             return None
 
     def __init__(self, path: Path):
+        self.path = path
         self.keys = [k.tobytes() for k in np.load(path / "keys.npy")]
         self._offsets = np.load(path / "offsets.npy")
-        self._logp = np.load(path / "logp.npy", mmap_mode="r")
-        self._where = np.load(path / "where.npy", mmap_mode="r")
-        self._hidden = np.load(path / "hidden.npy", mmap_mode="r")
+        for name in ("logp", "where", "hidden"):
+            _mapped(path / f"{name}.npy")
 
     def tokens(self, number: int) -> tuple[Any, Any]:
         part = slice(self._offsets[number], self._offsets[number + 1])
-        return self._logp[part], self._where[part]
+        return _mapped(self.path / "logp.npy")[part], _mapped(self.path / "where.npy")[part]
 
     def hidden(self, where: Any) -> Any:
+        hidden = _mapped(self.path / "hidden.npy")
         if len(where) and where[-1] - where[0] + 1 == len(where):
-            return np.array(self._hidden[where[0] : where[-1] + 1])
-        return self._hidden[where]
+            return np.array(hidden[where[0] : where[-1] + 1])
+        return hidden[where]
+
+
+@functools.lru_cache(maxsize=OPEN_FILES)
+def _mapped(path: Path) -> Any:
+    return np.load(path, mmap_mode="r")
 
 
 class _NewShard:
