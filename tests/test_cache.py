@@ -172,6 +172,9 @@ def test_a_smaller_beta_extends_the_cache_and_is_refused_until_then(tmp_path: Pa
         now = cache.row(r.input_ids, r.labels)
         assert set(before[i].held.tolist()) <= set(now.held.tolist())
     assert not ReferenceCache(cache.folder).missing(rows(), wide), "and so it stands on the disk"
+    cache, other = filled(tmp_path / "other", narrow), NeededBy(GiftSequence(0.5), V, EPSILON)
+    assert cache.fill(FrozenBase(small_model(1)), rows(), other, pad_id=1) > 0  # needs other tokens: what is held stays
+    assert not cache.missing(rows(), other) and not cache.missing(rows(), narrow)
 
 
 def test_beta_of_each_token_decides_what_is_needed(tmp_path: Path) -> None:
@@ -220,7 +223,7 @@ def test_more_shards_than_a_process_may_open_are_neither_lost_nor_thrown_away(tm
 
 def test_rows_alike_but_for_their_columns_are_passed_over_once_for_all_their_needs(tmp_path: Path) -> None:
     model, row = small_model(1), rows()[0]
-    twins = [dataclasses.replace(row, columns={"b": [x] * len(row.input_ids)}) for x in (50.0, 0.0)]
+    twins = [dataclasses.replace(row, columns={"b": [x] * len(row.input_ids)}) for x in (0.0, 50.0)]
     needed = NeededBy(Gift({"column": "b"}), model.config.vocab_size, EPSILON)
     cache = ReferenceCache.of(model, tmp_path)
     assert cache.fill(FrozenBase(model), twins, needed, pad_id=1) == 1
