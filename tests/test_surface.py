@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": sorted([*STAGE_OPTIONS, "--rescore"]),
     "surprise": ["--json", "--out", "--verbose", "-v"],
     "inspect": ["--json", "--row", "--surprise", "--verbose", "-n", "-v"],
+    "grade": ["--deadline", "--fresh", "--json", "--kind", "--out", "--profile", "--workers"],
     "report": ["--json"],
     "recipes": ["--json"],
     "doctor": ["--json"],
@@ -36,8 +37,10 @@ KEYS = [
     "data.fields.columns",
     "data.fields.kind",
     "data.fields.messages",
+    "data.fields.options",
     "data.fields.question",
     "data.fields.solution",
+    "data.fields.tests",
     "data.folder",
     "data.forms",
     "data.label_noise",
@@ -59,8 +62,10 @@ KEYS = [
     "data.test_fields.columns",
     "data.test_fields.kind",
     "data.test_fields.messages",
+    "data.test_fields.options",
     "data.test_fields.question",
     "data.test_fields.solution",
+    "data.test_fields.tests",
     "data.test_from",
     "data.validation",
     "data.validation_from",
@@ -88,6 +93,14 @@ KEYS = [
     "pretrain.weight_decay",
     "pretrain.width",
     "reward.deadline",
+    "reward.failed_share",
+    "reward.isolation",
+    "reward.kind",
+    "reward.model",
+    "reward.profile",
+    "reward.sqrt_length",
+    "reward.stages",
+    "reward.weights",
     "reward.workers",
     "rl.adam_betas",
     "rl.clip",
@@ -153,6 +166,7 @@ PUBLIC = [
     "paired_difference",
     "pass_at_k",
     "policy",
+    "rewards",
 ]
 SOURCE = Path(heatbath.__file__).parent
 
@@ -173,7 +187,8 @@ def test_recipe_keys() -> None:
 def test_public_names_resolve() -> None:
     assert sorted(heatbath.__all__) == sorted(PUBLIC) and len(PUBLIC) <= 25
     for name in PUBLIC:
-        assert getattr(heatbath, name).__module__.startswith("heatbath.")
+        found = getattr(heatbath, name)
+        assert getattr(found, "__module__", found.__name__).startswith("heatbath.")
 
 
 def test_importing_heatbath_and_listing_commands_imports_no_torch() -> None:
@@ -203,6 +218,8 @@ def test_objectives_are_chosen_by_table_not_by_name_in_a_trainer() -> None:
 
 def test_nothing_evaluates_text() -> None:
     for path in SOURCE.rglob("*.py"):
+        if path.name == "inside.py":
+            continue  # runs the model's programs, inside the sandbox
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in {"eval", "exec", "sympify", "parse_expr"}, path.name

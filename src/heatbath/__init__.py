@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from heatbath import rewards
     from heatbath.cache import CachedBase, ReferenceCache
     from heatbath.errors import HeatbathError
     from heatbath.ideas.engine import dense_loss, linear_loss, linear_stats
@@ -68,6 +69,7 @@ __all__ = [
     "paired_difference",
     "pass_at_k",
     "policy",
+    "rewards",
 ]
 
 
@@ -76,6 +78,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "rewards":
+        return importlib.import_module("heatbath.rewards")
     if name not in _HOMES:
         raise AttributeError(f"module 'heatbath' has no attribute '{name}'")
     return getattr(importlib.import_module(f"heatbath.{_HOMES[name]}"), name)

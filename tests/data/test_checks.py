@@ -76,7 +76,7 @@ def test_golds_of_every_kind_are_read_and_an_unreadable_one_is_named() -> None:
     rows = [Row(f"q{i}", answer=gold) for i, gold in enumerate(golds)]
     with MathGrader(workers=1) as grader:
         checks.require_gold(grader, rows, "test")
-        for bad in ("", "nan", "None", "n/a", "???", "\\frac{1", "x" * 501):
+        for bad in ("", "nan", "None", "n/a", "???", "\\frac{1", "x" * 1001):
             with pytest.raises(DataError, match="1 of 8 gold answers cannot be graded") as caught:
                 checks.require_gold(grader, [*rows, Row("why?", answer=bad, origin="t.jsonl, row 8")], "test")
             assert "t.jsonl, row 8" in caught.value.where

@@ -258,7 +258,7 @@ def test_resumed_anywhere_it_is_the_same_run(
     small_base: Path, tmp_path: Path, monkeypatch, stage: str, step: int, where: str, lora: dict | None
 ) -> None:
     """Weights and log, with dropout and validation drawing from the random states in between."""
-    monkeypatch.setattr("heatbath.stages.rl.verdict_reward", lambda grader: lengths)
+    monkeypatch.setattr("heatbath.stages.rl.reward_functions", lambda settings, grader: [lengths])
     recipe = small(small_base) if stage == "sft" else small(small_base).model_copy(update={"sft": None})
     recipe = recipe.model_copy(update={"lora": None if lora is None else Lora(**lora)})
     Run.create(tmp_path / "whole", recipe)

@@ -14,7 +14,8 @@ from heatbath.errors import DataError, RunError
 from heatbath.ideas.policy import policy
 from heatbath.progress import Progress
 from heatbath.run import Run
-from heatbath.stages.rl import PolicyTrainer, run_rl, total_steps, verdict_reward
+from heatbath.stages.rewards import verdict_reward
+from heatbath.stages.rl import PolicyTrainer, run_rl, total_steps
 from heatbath.verify.math import MathGrader
 
 G, PROMPTS = 4, 4
@@ -161,7 +162,7 @@ def test_verdicts_become_rewards_and_counts() -> None:
     with MathGrader(workers=1) as grader:
         reward = verdict_reward(grader)
         completions = [[{"content": text}] for text in ("so 3", "so 4", "none", "so 3")]
-        found = reward(completions, ["3", "3", "3", " "], lambda name, value: logged.__setitem__(name, value))
+        found = reward(completions=completions, gold=["3", "3", "3", " "], log_metric=logged.__setitem__)
     assert found == [1.0, 0.0, 0.0, None]  # a gold answer nobody can read gives no signal, not a 0
     assert {k: v for k, v in logged.items() if v} == {
         f"verdict/{s}": 0.25 for s in ("right", "wrong", "no_answer", "bad_gold")

@@ -1,76 +1,43 @@
-"""Verdicts: extraction rules, exact comparison, the worker, and answers that try to hang or harm it."""
+"""Verdicts through the whole math grader: cascade, worker, profiles, stages of the user's own, and hostile answers."""
 
+import asyncio
+import multiprocessing
+import re
+import threading
 import time
-from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
-from heatbath.verify.extract import extract, last_boxed
-from heatbath.verify.math import MathGrader, plain_number
+import heatbath.rewards
+from heatbath.errors import HeatbathError, RunError
+from heatbath.integrations.verl import compute_score, compute_scores
+from heatbath.verify.math import MathGrader
 from heatbath.verify.verdict import JUDGED, STATUSES, Verdict
+
+# Each passes no bound, or reaches a worker and dies there; none may be right, and nothing of them may run.
+HOSTILE = [
+    r"\boxed{9^{9^{9^{9}}}}",
+    r"\boxed{(10^9)!}",
+    r"\boxed{100000000!}",
+    r"\boxed{\binom{10^9}{5\cdot 10^8}}",
+    r"\boxed{\prod_{k=1}^{10^7} k}",
+    r"\boxed{\sum_{k=1}^{10^{10}} k!}",
+    r"\boxed{1e999999999}",
+    r"\boxed{" + r"\frac{1}{" * 400 + "4" + "}" * 400 + "}",
+    r"\boxed{" + r"\left(" * 5000 + "4}",
+    r"\boxed{" + "(" * 3000 + "4" + ")" * 3000 + "!}",
+    r"\boxed{" * 5000,
+    "1," * 20_000,
+    "$" * 20_001,
+    "the answer is " * 5000 + "9^{9^{9}}",
+]
 
 
 @pytest.fixture(scope="module")
 def grader():
-    with MathGrader(workers=2, deadline=3.0) as g:
+    with MathGrader(workers=2, deadline=20.0) as g:
         yield g
-
-
-@pytest.mark.parametrize(
-    ("text", "answer", "rule"),
-    [
-        (r"first \boxed{5}, no: \boxed{7}.", "7", "boxed"),
-        (r"\boxed{\frac{1}{2}} and \boxed{unclosed", r"\frac{1}{2}", "boxed"),
-        ("48/2 = 24\n#### 1,024", "1,024", "hashes"),
-        ("The answer is 85.", "85", "stated"),
-        ("The answer is: x + 1.", "x + 1", "stated"),
-        ("47 + 38 = 77 + 8 = 85", "85", "last_number"),
-        ("It is 5.\nSo: 6 or 7", "7", "last_number"),
-        ("The answer is 3/4.", "3/4", "stated"),
-        ("The answer is 5x + 2", "5x + 2", "stated"),
-        ("The answer is 1e5", "1e5", "stated"),
-        ("The answer is 2^{10}", "2^{10}", "stated"),
-        ("The answer is 47 + 38 = 85.", "85", "stated"),
-        ("The answer is **85**.", "85", "stated"),
-        ("the answer is $1,024 dollars.", "1,024", "stated"),
-        ("so .5", ".5", "last_number"),
-        ("so -5", "-5", "last_number"),
-        ("x = −5", "−5", "last_number"),
-        ("77 - 8", "8", "last_number"),
-        ("3-7", "7", "last_number"),
-        ("it is 2^10", None, "none"),
-        ("about 1e5", None, "none"),
-        ("72 + 67 = 139.\nThat is all there is to it", "139", "last_number"),
-        ("no idea", None, "none"),
-        ("", None, "none"),
-    ],
-)
-def test_extraction(text: str, answer: str | None, rule: str) -> None:
-    assert extract(text) == (answer, rule)
-
-
-def test_extraction_is_linear_on_hostile_text() -> None:
-    for text in (
-        r"\boxed{" * 20_000,
-        "{" * 100_000,
-        "####" * 50_000,
-        "answer is " * 30_000,
-        "1," * 100_000,
-        "answer is" + "\n" * 20_000,
-    ):
-        started = time.perf_counter()
-        extract(text)
-        assert time.perf_counter() - started < 5  # a hang guard, not a speed claim
-    assert last_boxed(r"\boxed{" * 20_000) is None
-
-
-def test_plain_numbers_are_exact() -> None:
-    assert plain_number("1,024.50") == Fraction(2049, 2)
-    assert plain_number("-0.1") == Fraction(-1, 10)
-    assert plain_number("$3/4$") == Fraction(3, 4)
-    assert plain_number("85.") == 85 and plain_number(".5") == Fraction(1, 2) and plain_number("−5") == -5
-    for text in ("1e5", "1/0", "١٢", "0x10", "1,02", "", "9" * 61):
-        assert plain_number(text) is None
 
 
 @pytest.mark.parametrize(
@@ -83,38 +50,158 @@ def test_plain_numbers_are_exact() -> None:
         (r"\boxed{\frac{1}{2}}", "0.5", "right"),
         (r"\boxed{x^2 + 2x + 1}", "(x+1)^2", "right"),
         (r"\boxed{x^2 + 1}", "(x+1)^2", "wrong"),
+        (r"\boxed{47 + 38}", "85", "wrong"),
         ("nothing", "85", "no_answer"),
         (r"\boxed{}", "85", "no_answer"),
-        (r"\boxed{" + "1+" * 400 + "1}", "401", "refused"),
+        (r"\boxed{85", "85", "no_answer"),
+        (r"\boxed{" + "x+" * 600 + "1}", "401", "refused"),
+        ("so 0." + "3" * 3000, "1/3", "wrong"),
         ("so 85", " ", "bad_gold"),
+        ("so 85", "?!", "bad_gold"),
     ],
 )
 def test_verdicts(grader: MathGrader, completion: str, gold: str, status: str) -> None:
     (verdict,) = grader.grade([completion], [gold])
     assert verdict.status == status
+    assert verdict.score == (None if status == "bad_gold" else float(status == "right"))
 
 
-def test_a_bomb_is_killed_and_delays_nobody_for_good(grader: MathGrader) -> None:
-    started = time.perf_counter()
-    bombs = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{(10^9)!}"]
-    verdicts = grader.grade([*bombs, r"\boxed{\sqrt{4}}", "so 85"], ["5", "5", "2", "85"])
-    assert [v.status for v in verdicts] == ["timeout", "timeout", "right", "right"]
-    assert time.perf_counter() - started < 3.0 * 2 + 20  # both deadlines, and the workers' start on a busy machine
-    assert grader.grade([r"\boxed{\sqrt{4}}"], ["2"])[0].status == "right"
+def test_what_is_not_known_here_is_asked_of_math_verify(grader: MathGrader) -> None:
+    gold = r"F_n = \sum_{k=0}^{n-1} F_k F_{n-k-1}"
+    answers = [r"\boxed{F_n = \sum_{k=0}^{n-1} F_{n-k-1} F_k}", r"\boxed{F_n = \sum_{k=0}^{n-2} F_k F_{n-k-2}}"]
+    verdicts = grader.grade(answers, [gold, gold])
+    assert [v.status for v in verdicts] == ["right", "wrong"]
+    assert all(v.rule == "boxed+math_verify" for v in verdicts)
 
 
-def test_model_text_is_never_run(grader: MathGrader, tmp_path) -> None:
+@pytest.mark.parametrize("profile", ["strict", "paper"])
+def test_hostile_answers_are_never_right_and_end(profile: str) -> None:
+    with MathGrader(profile=profile, workers=2, deadline=2.0) as grader:
+        started = time.perf_counter()
+        verdicts = grader.grade([*HOSTILE, "so \\boxed{2}"], ["5"] * len(HOSTILE) + ["2"])
+        assert time.perf_counter() - started < 60  # a hang guard
+    assert verdicts[-1].status == "right"
+    assert "right" not in {v.status for v in verdicts[:-1]}
+    if profile == "strict":  # the bounds see all of them: no worker is asked
+        assert {v.status for v in verdicts[:-1]} <= {"refused", "wrong", "no_answer"}
+
+
+def test_model_text_is_never_run(tmp_path: Path) -> None:
     target = tmp_path / "owned"
     attacks = [
         rf"\boxed{{__import__('pathlib').Path('{target}').touch()}}",
         rf"\boxed{{exec(\"open('{target}', 'w')\")}}",
         rf"\boxed{{(lambda: open('{target}', 'w'))()}}",
+        rf"\boxed{{\text{{__import__('os').system('touch {target}')}}}}",
+        f"The answer is __import__('os').system('touch {target}')",
     ]
-    verdicts = grader.grade(attacks, ["1"] * len(attacks))
-    assert not target.exists() and "right" not in {v.status for v in verdicts}
+    for profile in ("strict", "paper"):
+        with MathGrader(profile=profile, deadline=5.0) as grader:
+            verdicts = grader.grade(attacks, ["1"] * len(attacks))
+        assert "right" not in {v.status for v in verdicts}
+    assert not target.exists()
+
+
+def test_the_paper_profile_accepts_what_the_paper_does() -> None:
+    pairs = [
+        ("5", "500", True, False),
+        ("100", "1", True, False),
+        ("104729", "104730", True, False),
+        ("10 cm", "10 m", True, False),
+        (r"\frac{1}{2}", "0.5", True, True),
+        ("(1,2)", "(1.00001,2)", True, False),
+        ("7", "8", False, False),
+        (r"\sqrt{2}", r"2^{1/2}", True, True),
+        ("x+1", "1+x", True, True),
+        ("x+1", "y+1", False, False),
+    ]
+    boxed = [rf"\boxed{{{answer}}}" for _, answer, *_ in pairs]
+    for profile, column in (("paper", 2), ("strict", 3)):
+        with MathGrader(profile=profile, workers=1) as grader:
+            verdicts = grader.grade(boxed, [gold for gold, *_ in pairs])
+        assert [v.status == "right" for v in verdicts] == [pair[column] for pair in pairs], profile
+
+
+def test_unknown_settings_are_named() -> None:
+    with pytest.raises(RunError, match="(?s)no profile .lenient.*profiles: strict, paper"):
+        MathGrader(profile="lenient")  # type: ignore[arg-type]
+
+
+def test_a_stage_of_ones_own_from_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "verify.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n# colours.py\n(.*?)```", page, flags=re.DOTALL)
+    assert code is not None and len(code.group(1).strip().splitlines()) <= 10
+    (tmp_path / "colours.py").write_text(code.group(1))
+    monkeypatch.chdir(tmp_path)
+    with MathGrader(workers=1, stages=["colours.py:same_colour"]) as grader:
+        verdicts = grader.grade([r"\boxed{scarlet}", r"\boxed{blue}", "so 7", "so 8"], ["red", "red", "7", "7"])
+    assert [v.status for v in verdicts] == ["right", "wrong", "right", "wrong"]
+    assert verdicts[0].rule == "boxed+same_colour"
+
+
+def test_a_stage_that_is_not_there_is_named() -> None:
+    with MathGrader(workers=1, stages=["nowhere:function"]) as grader, pytest.raises(HeatbathError, match="nowhere"):
+        grader.grade([r"\boxed{blue}"], ["red"])
+
+
+def _in_a_fork(queue) -> None:
+    queue.put([v.status for v in SHARED[0].grade([HOSTILE[0], HARD], ["5", "2"])])
+
+
+SHARED: list[MathGrader] = []
+HARD = r"\boxed{\sum_{k=1}^{2} 1}"  # asked of a worker
+
+
+def test_any_caller_may_grade(grader: MathGrader) -> None:
+    """The main thread, another thread, an event loop and a forked process, with one grader."""
+    wanted = ["refused", "right"]
+    task = ([HOSTILE[0], HARD], ["5", "2"])
+    assert [v.status for v in grader.grade(*task)] == wanted
+    found: list[list[str]] = []
+    thread = threading.Thread(target=lambda: found.append([v.status for v in grader.grade(*task)]))
+    thread.start()
+    thread.join(60)
+
+    async def several() -> list[list[Verdict]]:
+        return await asyncio.gather(*(asyncio.to_thread(grader.grade, *task) for _ in range(3)))
+
+    found += [[v.status for v in verdicts] for verdicts in asyncio.run(several())]
+    assert found == [wanted] * 4
+    SHARED[:] = [grader]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=_in_a_fork, args=(queue,), daemon=True)  # daemonic, as some reward workers are
+    process.start()
+    assert queue.get(timeout=60) == wanted
+    process.join(60)
+    assert [v.status for v in grader.grade(*task)] == wanted
 
 
 def test_no_completion_gains_by_breaking_the_grader() -> None:
     scores = {s: Verdict(s).score for s in STATUSES}
     assert scores.pop("right") == 1.0 and scores.pop("bad_gold") is None
     assert set(scores.values()) == {0.0} and set(JUDGED) < set(STATUSES)
+
+
+def test_reward_functions_for_trl_and_verl() -> None:
+    logged: dict[str, float] = {}
+    chat = [[{"role": "assistant", "content": text}] for text in ("so 4", "so 5", "dunno", "so 4")]
+    scores = heatbath.rewards.math(chat, answer=["4", "4", "4", " "], prompts=["q"] * 4, log_metric=logged.__setitem__)
+    assert scores == [1.0, 0.0, 0.0, None]
+    assert logged["verdict/bad_gold"] == 0.25 and sum(logged.values()) == 1.0
+    assert heatbath.rewards.choice(["The answer is (B)."], gold=["B"]) == [1.0]
+    with pytest.raises(HeatbathError, match="no gold answers"):
+        heatbath.rewards.math(["so 4"])
+    strict = heatbath.rewards.make("math", failed_share=0.1)
+    with pytest.raises(RunError, match="2 of 2 verdicts failed; the first is refused"):
+        strict([HOSTILE[0], HOSTILE[1]], gold=["4", "4"])
+    assert compute_score("any", "so 4", "4") == {
+        "score": 1.0,
+        "acc": 1.0,
+        "status": "right",
+        "pred": "4",
+        "rule": "final_line+number",
+    }
+    both = compute_scores(["a", "b"], ["(B)", "so 5"], ["B", "4"], [{"kind": "choice"}, None])
+    assert [row["score"] for row in both] == [1.0, 0.0]
+    assert compute_score("any", "so 4", " ")["status"] == "bad_gold"

@@ -9,15 +9,16 @@ from heatbath.data import rendering
 from heatbath.data.rendering import IGNORE, Rendered
 from heatbath.data.rows import Row
 from heatbath.errors import DataError, RunError
+from heatbath.verify.graders import Grader, Kind, as_gold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from heatbath.recipe import Recipe
-    from heatbath.verify.math import MathGrader
 
 MOST_TRUNCATED = 0.01  # share of rows that may be cut before it is an error
 MOST_UNKNOWN = 0.01
+MOST_PROGRAMS = 20  # programming problems whose tests are tried before step 1
 MOST_LOST = 0.5  # of gold answers that a plain statement does not bring through the grader (of MATH's it is 0.25 %)
 PRETRAIN_LENGTH = 1024  # tokens; the context of a model that [pretrain] makes
 # What exports write where an answer is missing; a text may be an answer, these are none.
@@ -134,9 +135,12 @@ def require_askable(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], rec
     require_known_tokens(tokenizer, ids, rows, split)
 
 
-def require_gold(grader: MathGrader, rows: Sequence[Row], split: str) -> None:
-    """Every gold answer must be one: no placeholder for a missing one, not without letter or digit, and right when it
-    is graded against itself."""
+def require_gold(grader: Grader, rows: Sequence[Row], split: str, kind: Kind = "math") -> None:
+    """Every gold answer must be one: for math no placeholder for a missing one, not without letter or digit, and right
+    when it is graded against itself; for the others one that the grader can read (of programs, the first few)."""
+    if kind != "math":
+        _require_readable(grader, rows[:MOST_PROGRAMS] if kind == "code" else rows, split, kind)
+        return
     golds = [str(row.answer) for row in rows]
     verdicts = grader.grade([f"\\boxed{{{gold}}}" for gold in golds], golds)
     bad = [
@@ -162,4 +166,17 @@ def require_gold(grader: MathGrader, rows: Sequence[Row], split: str) -> None:
             f"'The answer is {str(row.answer)[:60]}.' {verdict.answer!r} is read",
             f"data.{split}, {rendering.place(row)}",
             "write the number without its unit, or the answer as the model should box it",
+        )
+
+
+def _require_readable(grader: Grader, rows: Sequence[Row], split: str, kind: Kind) -> None:
+    tried = "```python\npass\n```" if kind == "code" else ""
+    verdicts = grader.grade([tried] * len(rows), [as_gold(kind, str(row.answer)) for row in rows])
+    bad = [(r, v) for r, v in zip(rows, verdicts, strict=True) if v.status in ("bad_gold", "refused")]
+    if bad:
+        row, verdict = bad[0]
+        raise DataError(
+            f"{len(bad):,} of {len(verdicts):,} gold answers cannot be graded; the first: {verdict.status}, {verdict.rule}",
+            f"data.{split}, {rendering.place(row)}",
+            "docs/verify.md shows what a gold answer of this kind looks like",
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import math
+import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from heatbath.sections import DeepMathData, Fields, FilesData, HubData
 Record = tuple[dict[str, Any], str]  # what the table holds, and where
 NEEDS = {"demos": "solution", "validation": "solution", "prompts": "answer", "test": "answer"}
 MESSAGE = 'each is {"role": "system" | "user" | "assistant", "content": "…"}'
-READERS = (".jsonl", ".json", ".parquet", ".csv")
+READERS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
 
 
 def load(data: FilesData | HubData | DeepMathData, seed: int) -> Splits:
@@ -119,7 +121,7 @@ def read_file(path: Path, key: str) -> Iterator[Record]:
     if path.is_dir():
         return _shards(path, key)
     readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
-    reader = readers.get(path.suffix.lower())
+    reader = readers.get(path.with_suffix("").suffix.lower() if path.suffix == ".gz" else path.suffix.lower())
     if reader is None:
         raise DataError(
             f"no reader for '{path.suffix or path.name}' files", f"{path} ({key})", f"write it as {', '.join(READERS)}"
@@ -137,14 +139,15 @@ def read_file(path: Path, key: str) -> Iterator[Record]:
 
 def _shards(folder: Path, key: str) -> Iterator[Record]:
     """The tables of a folder, in the order of their names."""
-    parts = sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS)
+    parts = sorted(path for path in folder.iterdir() if path.name.lower().endswith(READERS))
     if not parts:
         raise DataError("the folder holds no table", f"{folder} ({key})", f"write it as {', '.join(READERS)}")
     return (record for part in parts for record in read_file(part, key))
 
 
 def _jsonl(path: Path, key: str) -> Iterator[Record]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    text = gzip.open(path, "rt", encoding="utf-8-sig").read() if path.suffix == ".gz" else path.read_text("utf-8-sig")
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, row {number} ({key})"
@@ -226,11 +229,12 @@ def _rows(record: dict[str, Any], where: str, fields: Fields, need: tuple[str, .
         raise _missing(
             record, fields.solution if isinstance(fields.solution, str) else fields.solution[0], "solution", where
         )
-    answer = _text(record.get(fields.answer), fields.answer, where)
-    if answer is not None and fields.answer_after is not None:
-        answer = _after(answer, fields.answer_after, where)
+    answer = _gold(record, fields, where)
     if "answer" in need and answer is None:
-        raise _missing(record, fields.answer, "answer", where)
+        raise _missing(record, fields.tests or fields.answer, "answer", where)
+    if fields.options is not None:
+        options = _options(record, fields.options, where)
+        question = "\n".join([question, *(f"{label}. {text}" for label, text in options.items())])
     kind = _text(record.get(fields.kind), fields.kind, where) or "" if fields.kind is not None else ""
     columns = {name: _numbers(record, name, where) for name in (fields.columns if "solution" in need else ())}
     chosen: list[str | None] = [*solutions[:most]] or [None]
@@ -245,6 +249,29 @@ def _rows(record: dict[str, Any], where: str, fields: Fields, need: tuple[str, .
         Row(question, solution, answer, history, where, kind=of, columns=columns)
         for solution, of in zip(chosen, kinds or [""] * len(chosen), strict=True)
     ]
+
+
+def _gold(record: dict[str, Any], fields: Fields, where: str) -> str | None:
+    """The gold answer as one text: JSON where it is more than an answer."""
+    if fields.tests is not None:
+        tests = record if fields.tests == "*" else record.get(fields.tests)
+        return None if not tests else tests if isinstance(tests, str) else json.dumps(tests)
+    answer = _text(record.get(fields.answer), fields.answer, where)
+    if answer is not None and fields.answer_after is not None:
+        answer = _after(answer, fields.answer_after, where)
+    if answer is not None and fields.options is not None:
+        return json.dumps({"gold": answer, "options": _options(record, fields.options, where)}, ensure_ascii=False)
+    return answer
+
+
+def _options(record: dict[str, Any], name: str, where: str) -> dict[str, str]:
+    """The options of a question by their labels; a list of texts is labelled A, B, C, …"""
+    options = record.get(name)
+    if isinstance(options, list) and options and len(options) <= len(string.ascii_uppercase):
+        options = dict(zip(string.ascii_uppercase, options, strict=False))
+    if not isinstance(options, dict) or not all(isinstance(text, str | int | float) for text in options.values()):
+        raise DataError(f"'{name}' holds no options", where, "a list of texts, or an object of texts by label")
+    return {str(label): str(text) for label, text in options.items()}
 
 
 def _numbers(record: dict[str, Any], name: str, where: str) -> float | list[float]:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from heatbath.ideas.gift import Gift
 from heatbath.ideas.statistics import TokenStats
+from heatbath.verify.verdict import JUDGED
 
 # A colour here stands for the page's CSS variable of that name; `_themed` swaps them in the SVG.
 INK, GRID, MUTED = "#010101", "#020202", "#030303"
@@ -131,20 +132,32 @@ def rl_curves(rows: list[dict[str, Any]]) -> str:
         ("clip_share", "tokens clipped"),
         ("entropy", "entropy (nats)"),
         ("kl_init", "KL to the start (nats per token)"),
+        ("no_answer_share", "completions without an answer"),
+        ("failed_share", "verdicts that failed"),
     )
-    figure, axes = _figure(len(panels), width=6.4, height=4.4, columns=2)
+    rows = [row | _verdict_shares(row) for row in rows]
+    figure, axes = _figure(len(panels), width=6.4, height=5.8, columns=2)
     for panel, (key, title) in zip(axes, panels, strict=True):
         seen = [(r["step"], r[key]) for r in rows if key in r]
         if seen:
             steps, values = zip(*seen, strict=True)
             panel.plot(steps, values, "o-" if len(seen) < 12 else "-", markersize=3, color=COLOURS["final"])
         panel.set_title(title)
-        if key.endswith("share") or key == "reward":
+        if key.endswith("share") or (key == "reward" and all(0 <= value <= 1 for _, value in seen)):
             panel.set_ylim(-0.03, 1.03)
     _from_zero(*axes)
     for panel in axes[-2:]:
         panel.set_xlabel("optimizer step")
     return _svg(figure, "learning curves of reinforcement learning")
+
+
+def _verdict_shares(row: dict[str, Any]) -> dict[str, float]:
+    """Of a step's verdicts, the share without an answer, and the share that is a failure of grading."""
+    shares = {name.removeprefix("verdict/"): value for name, value in row.items() if name.startswith("verdict/")}
+    if not shares:
+        return {}
+    failed = sum(value for status, value in shares.items() if status not in JUDGED)
+    return {"no_answer_share": shares.get("no_answer", 0.0), "failed_share": failed}
 
 
 def _figure(panels: int, *, width: float, height: float, columns: int | None = None) -> tuple[Figure, list[Axes]]:

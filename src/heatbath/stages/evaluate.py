@@ -24,7 +24,8 @@ from heatbath.ideas.passk import Estimate, mean_with_interval, paired_difference
 from heatbath.progress import Progress
 from heatbath.recipe import Recipe
 from heatbath.run import Run
-from heatbath.verify.math import MathGrader
+from heatbath.stages.rewards import grader_of
+from heatbath.verify.graders import Grader, as_gold
 from heatbath.verify.verdict import JUDGED
 
 
@@ -32,7 +33,7 @@ def run_evaluation(run: Run, recipe: Recipe, progress: Progress) -> dict[str, An
     """Samples what is still missing of the run's policies, grades it, and returns the content of results.json."""
     splits = sources.load(recipe.data, recipe.seed)
     sources.require(splits, recipe, ("eval",))
-    with MathGrader(workers=recipe.reward.workers, deadline=recipe.reward.deadline) as grader:
+    with grader_of(recipe.reward) as grader:
         for policy in run.policies:
             if (policy == "base" and recipe.model is not None) or run.checkpoint(policy).is_dir():
                 sample_policy(run, recipe, policy, splits.test, grader, progress)
@@ -45,13 +46,25 @@ def rescore(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     rows = run.samples()
     if not rows:
         raise RunError("the run has no samples to grade", str(run.folder / "samples.jsonl"), "run the eval stage first")
-    with MathGrader(workers=recipe.reward.workers, deadline=recipe.reward.deadline) as grader:
-        verdicts = grader.grade([row["completion"] for row in rows], [str(row["gold"]) for row in rows])
+    with grader_of(recipe.reward) as grader:
+        golds = _golds(rows, recipe)
+        verdicts = grader.grade([row["completion"] for row in rows], golds)
     new = [row | {"score": v.score, **asdict(v)} for row, v in zip(rows, verdicts, strict=True)]
     changed = sum(old["status"] != row["status"] for old, row in zip(rows, new, strict=True))
     run.replace_samples(new)
     progress.say(f"graded {len(new):,} samples again: {changed} verdicts changed")
     return _write_results(run, recipe)
+
+
+def _golds(samples: list[dict[str, Any]], recipe: Recipe) -> list[Any]:
+    """The gold answer of each sample: its own, or for tests, which samples do not hold, that of the problem."""
+    kind = recipe.reward.kind
+    if kind != "code":
+        return [as_gold(kind, str(sample["gold"])) for sample in samples]
+    known = {row.id: as_gold(kind, str(row.answer)) for row in sources.load(recipe.data, recipe.seed).test}
+    if lost := [sample["problem"] for sample in samples if sample["problem"] not in known]:
+        raise RunError(f"the data no longer has the problem {lost[0]}", "[data]", "grade with the run's own data")
+    return [known[sample["problem"]] for sample in samples]
 
 
 def _write_results(run: Run, recipe: Recipe) -> dict[str, Any]:
@@ -62,7 +75,7 @@ def _write_results(run: Run, recipe: Recipe) -> dict[str, Any]:
 
 
 def sample_policy(
-    run: Run, recipe: Recipe, policy: str, test: list[Row], grader: MathGrader, progress: Progress
+    run: Run, recipe: Recipe, policy: str, test: list[Row], grader: Grader, progress: Progress
 ) -> None:
     """Adds to the run's samples what is missing of `eval.samples` graded completions of every test problem.
 
@@ -97,14 +110,14 @@ def sample_policy(
         for batch in batches:
             texts = tokenizer.batch_decode([c.ids for c in batch], skip_special_tokens=True)
             problems = [missing[c.prompt] for c in batch]
-            verdicts = grader.grade(texts, [str(row.answer) for row in problems])
+            verdicts = grader.grade(texts, [as_gold(recipe.reward.kind, str(row.answer)) for row in problems])
             run.add_samples(
                 [
                     {
                         "policy": policy,
                         "problem": row.id,
                         "question": row.question,
-                        "gold": row.answer,
+                        "gold": row.answer if recipe.reward.kind != "code" else None,  # tests may be megabytes
                         "completion": text,
                         "tokens": len(completion.ids),
                         "finished": completion.finished,

@@ -64,7 +64,7 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
     or written. Returns what it read. Raises RecipeError, DataError or RunError."""
     from heatbath import models
     from heatbath.data import checks, sources
-    from heatbath.verify.math import MathGrader
+    from heatbath.stages.rewards import grader_of
 
     splits = sources.load(recipe.data, recipe.seed)
     sources.require(splits, recipe, stages)
@@ -79,11 +79,11 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
         for split in ("demos", "validation"):
             require_columns(goal, checks.rendered(tokenizer, getattr(splits, split), recipe, split), split)
     asked = [s for stage, s in (("rl", "prompts"), ("eval", "test")) if stage in stages]
-    with MathGrader(workers=recipe.reward.workers, deadline=recipe.reward.deadline) as grader:
+    with grader_of(recipe.reward) as grader:
         for split in asked:
             rows = getattr(splits, split)
             checks.require_askable(tokenizer, rows, recipe, split)
-            checks.require_gold(grader, rows, split)
+            checks.require_gold(grader, rows, split, recipe.reward.kind)
     _check_settings(recipe, stages)
     if recipe.model is not None and recipe.model != models.TINY:
         checks.require_vocabulary(tokenizer, models.load_config(recipe.model))

@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ from heatbath.ideas.policy import Policy, kl_k3, policy
 from heatbath.progress import Progress
 from heatbath.recipe import RL, Recipe
 from heatbath.run import Run
+from heatbath.stages.rewards import Reward, grader_of, reward_functions
 from heatbath.stages.training import log_to_run, lora_config, optimizer_arguments, require_finite, save_policy, train
-from heatbath.verify.math import MathGrader
 from heatbath.verify.verdict import STATUSES
 
 # What TRL measures, under the name it has here; everything else TRL logs is dropped, above all its "loss", which is
@@ -107,7 +106,8 @@ class PolicyTrainer(trl.GRPOTrainer):
         rewards: Tensor = super()._calculate_rewards(*args)
         mode = "train" if self.model.training else "eval"
         group = self.num_generations if mode == "train" else self.num_generations_eval
-        total = rewards.nansum(1).masked_fill(rewards.isnan().all(1), torch.nan).view(-1, group)
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        total = total.masked_fill(rewards.isnan().all(1), torch.nan).view(-1, group)
         spread = total.nan_to_num(-torch.inf).amax(1) - total.nan_to_num(torch.inf).amin(1)
         self._metrics[mode]["informative_share"].append((spread > 0).float().mean().item())
         return rewards
@@ -169,6 +169,8 @@ class PolicyTrainer(trl.GRPOTrainer):
         measured = {k: sum(v) / len(v) for k, v in self._metrics["train"].items() if v}
         self._metrics["train"].clear()
         values = {ours: measured[theirs] for theirs, ours in NAMES.items() if theirs in measured}
+        if len(self.reward_funcs) > 1:
+            values |= {f"reward/{n}": measured[f"rewards/{n}/mean"] for n in self.reward_func_names}
         for name in sorted(self._token_sums):
             total, count = self.accelerator.reduce(self._token_sums[name], "sum").tolist()
             values[name] = total / max(count, 1.0)
@@ -219,16 +221,13 @@ def run_rl(run: Run, recipe: Recipe, progress: Progress) -> None:
     assert settings is not None
     before = "init" if recipe.sft is not None else "base"
     start = run.model_of(before)
-    with (
-        run.new_checkpoint("final") as folder,
-        MathGrader(workers=recipe.reward.workers, deadline=recipe.reward.deadline) as grader,
-    ):
+    with run.new_checkpoint("final") as folder, grader_of(recipe.reward) as grader:
         tokenizer = models.load_tokenizer(start, run.template_of(before))
         model = models.load_model(start, torch.float32)
         checks.require_vocabulary(tokenizer, model.config)
         if before == "base":
             run.require_same_base(models.fingerprint(model))
-        trainer = build_trainer(run, recipe, model, tokenizer, rows, verdict_reward(grader))
+        trainer = build_trainer(run, recipe, model, tokenizer, rows, reward_functions(recipe.reward, grader))
         shown = ("reward", "informative_share", "truncated_share", "kl_init")
         log_to_run(trainer, run, "rl", progress, show=shown)
         with progress.bar(f"rl ({settings.policy})", total_steps(settings, len(rows))):
@@ -242,7 +241,7 @@ def build_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[Row],
-    reward: Callable[..., list[float | None]],
+    rewards: list[Reward],
 ) -> PolicyTrainer:
     """The trainer of a recipe's [rl] table."""
     assert recipe.rl is not None
@@ -254,7 +253,7 @@ def build_trainer(
         args=training_arguments(recipe, run.working("rl")),
         train_dataset=dataset,
         processing_class=tokenizer,
-        reward_funcs=[reward],
+        reward_funcs=rewards,
         policy=policy(recipe.rl.policy, clip_low=recipe.rl.clip, clip_high=recipe.rl.clip),
         initial=None if recipe.lora is not None else copy.deepcopy(model),
         kl_every=recipe.rl.kl_every,
@@ -280,6 +279,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> trl.GRPOConfig:
         "temperature": settings.temperature,
         "scale_rewards": "none",
         "beta": 0.0,
+        "reward_weights": list(recipe.reward.weighted.values()),
         "logging_steps": 1,
         **optimizer_arguments(settings, recipe, window=steps),
         **settings.trainer,
@@ -287,23 +287,6 @@ def training_arguments(recipe: Recipe, folder: Path) -> trl.GRPOConfig:
     made = trl.GRPOConfig(**arguments)
     _require_only_what_the_policy_does(made)
     return made
-
-
-def verdict_reward(grader: MathGrader) -> Callable[..., list[float | None]]:
-    """A TRL reward function: each verdict's score (None, no signal, for a gold answer nobody can read), and the share
-    of each status logged. Needs a `gold` column beside `prompt`."""
-
-    def reward(
-        completions: list[Any], gold: list[str], log_metric: Callable[..., None], **_: Any
-    ) -> list[float | None]:
-        texts = [completion[0]["content"] for completion in completions]
-        verdicts = grader.grade(texts, gold)
-        counts = Counter(verdict.status for verdict in verdicts)
-        for status in STATUSES:
-            log_metric(f"verdict/{status}", counts[status] / len(verdicts))
-        return [verdict.score for verdict in verdicts]
-
-    return reward
 
 
 def total_steps(settings: RL, rows: int) -> int:

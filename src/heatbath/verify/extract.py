@@ -1,62 +1,254 @@
-"""The final answer of a completion, by rules tried in order. Linear in the length of the text."""
+"""The final answer of a completion, by named rules tried in order. Linear in the length of the text.
+
+A self-correction counts: of every rule it is the last place that speaks. Boxes (or formulas) that are only joined by
+commas, "and" or "or" are one answer of several values.
+"""
 
 from __future__ import annotations
 
 import re
+from typing import Literal
 
-MAX_CHARACTERS = 20_000  # of the end of a completion; the answer stands at its end
-# A number that stands alone: no letter, digit, power or brace touches it (5x, 1e5 and 2^{10} hold none); a minus after
-# a digit or a bracket is a subtraction. Possessive, so that a long run of digits is read once.
+from heatbath.verify.answers.expressions import Words
+from heatbath.verify.answers.notation import plain_text
+from heatbath.verify.answers.reading import read
+from heatbath.verify.answers.symbols import FUNCTIONS, PERCENT, UNITS, UNITS_OF, RefusedError, UnreadableError
+
+MAX_RAW = 200_000  # characters of the end of a completion that are read; the answer stands at its end
+MAX_CHARACTERS = 20_000  # of them after runs of spaces count as one
+Policy = Literal["any", "marked", "boxed", "latex"]
+POLICIES: dict[str, tuple[str, ...]] = {
+    "any": ("boxed", "hashes", "stated", "final_line"),
+    "marked": ("boxed", "hashes", "stated"),
+    "boxed": ("boxed",),
+    "latex": ("boxed", "stated", "formula"),
+}
+BOX = re.compile(r"(?<!\\)\\{1,4}(?:boxed|fbox)\b ?")
+ANCHOR = re.compile(r"(?:(?P<final>final )?\banswer|答案)(?:\s*+(?:\bis\b|\bare\b|[:=*为是])){1,6}+\s*+", re.IGNORECASE)
+LAST_ANCHORS = 5  # an anchor without an answer behind it is passed over, but not for ever
+UNIT = "|".join(sorted(map(re.escape, UNITS), key=len, reverse=True))
+# A number that stands alone: no letter, digit, power or brace touches it (5x, 1e5 and 2^{10} hold none), but a
+# unit may; a minus after a digit or a bracket is a subtraction. Possessive, so that a long run of digits is read once.
 NUMBER = re.compile(
-    r"(?<![0-9A-Za-z_.^{\\/])(?:(?<![0-9)\]}] )(?<![)\]}])[-−])?"
-    r"(?:[0-9]++(?:,[0-9]{3})*+(?:\.[0-9]++)?+|\.[0-9]++)(?:/[0-9]++)?+(?![0-9A-Za-z_^{/\\])"
+    r"(?<![0-9A-Za-z_.^{\\/])(?:(?<![0-9)\]}] )(?<![)\]}])-)?(?:\\?\$ ?-?)?"
+    r"(?:[0-9]++(?:,[0-9]{3}(?![0-9]))*+(?:\.[0-9]++|,[0-9]++(?!,[0-9]))?+|\.[0-9]++)(?:/[0-9]++)?+"
+    rf"(?P<unit>(?:{UNIT})(?![A-Za-z])(?:\^\{{?[23]\}}?)?|\\?[%$])?(?![0-9A-Za-z_^{{/\\])"
 )
-STATED = re.compile(r"answer(?: is|:)[ \t:]*([^\n]+)", re.IGNORECASE)
-WORDS_AFTER = re.compile(r"(?:[ %]+[A-Za-z%]++)*+[ .,;:!?]*+")
+WORDS_AFTER = re.compile(r"(?:[ %]+[A-Za-z%²³]++)*+[ .,;:!?]*+")
+JOINT = re.compile(r"(?:(?:\\quad|\\qquad|\\[,;: ]|\\text\{|\\\(|\\\)|\\\[|\\\]|[\s$.{}]|[,;&+]|\band\b|\bor\b)\s*)*")
+JOINED_WORDS = re.compile(
+    r"[\s$]*(?:\\text\{)?[\s\w()$\\]{0,30}(?:\band\b|\bor\b|[,;&])[\s$}]*(?:\\quad)?(?:[\\()]*\s*[A-Za-z]\w{0,3}\s*=)?[\s$]*"
+)
+FORMULA = re.compile(
+    r"\$\$((?:[^$\\]|\\.){1,1000}+)\$\$|(?<!\\)\$((?:[^$\\\n]|\\[^\n]){1,1000}+)\$"
+    r"|\\\[((?:[^\\]|\\[^\]]){1,1000}+)\\\]|\\\(((?:[^\\\n]|\\[^)\n]){1,1000}+)\\\)",
+    re.DOTALL,
+)
+PERCENT_BEHIND = re.compile(r"[$)\]}\\ ]{0,4}(?:\\?%|percent|pct)")
+NO_ANSWER = re.compile(r"(?:not|neither|unknown|unclear|wrong|correct|right|yet)\b", re.IGNORECASE)
+IN_PASSING = re.compile(r"[^.;]{0,80}, [a-z]+ [a-z]")
+GROUPED = re.compile(r"-?[0-9]{1,3}(?: [0-9]{3})+")
+WORDS_OF_FORMULAS = FUNCTIONS | set(UNITS_OF) | set(PERCENT) | {"and", "or", "pi", "infinity"}
+MAX_PHRASE = 2_000
+TAKEN_BACK = re.compile(
+    r"\b(?:not?|wrong|wait|incorrect|actually|mistake|instead|sorry|rather|should)\b", re.IGNORECASE
+)
+TAIL = re.compile(r"(?:<\|[a-z_]{1,20}\|>\s*[a-z]{0,10}|\s|I hope it is correct\.?)+\Z", re.IGNORECASE)
+THOUGHT = "</think>"
 
 
-def extract(text: str) -> tuple[str | None, str]:
-    """The answer and the rule that found it; `(None, "none")` when no rule did.
+def extract(text: str, policy: Policy = "any") -> tuple[str | None, str]:
+    """The answer and the rule that found it; `(None, "none")` when no rule did, `(None, "unclosed")` when the last box
+    was never closed. What a model thinks before `</think>` is not its answer.
 
-    Rules: the last `\\boxed{…}` (a correction counts), what follows the last `####`, what follows the last
-    "answer is", else the last number of the last line that has one.
+    Rules: `boxed`, the last `\\boxed{…}` or `\\fbox{…}`; `hashes`, what follows the last `####`; `stated`, what follows
+    the last "answer is"; `final_line`, the last formula or number of the last line that has one. A "final answer is"
+    behind the last box is heard before it. Policies name the rules that are used.
     """
-    text = text[-MAX_CHARACTERS:]
-    boxed = last_boxed(text)
-    if boxed is not None:
-        return boxed, "boxed"
-    if "####" in text:
-        after = text.rpartition("####")[2].strip().split("\n")[0].strip()
-        if after:
-            return after, "hashes"
-    stated = STATED.findall(text)
-    if stated:
-        return _stated_answer(stated[-1]), "stated"
-    for line in reversed(text.splitlines()):
-        if numbers := NUMBER.findall(line):
-            return numbers[-1], "last_number"
+    text = clean(text)
+    for rule in POLICIES[policy]:
+        found = RULES[rule](text)
+        if found == UNCLOSED:
+            return None, UNCLOSED
+        if found is not None:
+            return found, rule
     return None, "none"
 
 
+def clean(text: str) -> str:
+    """The end of a completion as the rules read it."""
+    text = plain_text(text[-MAX_RAW:].rpartition(THOUGHT)[2])[-MAX_CHARACTERS:]
+    return text[: match.start()] if (match := TAIL.search(text, max(0, len(text) - 200))) else text
+
+
+UNCLOSED = "unclosed"
+
+
+def _boxed(text: str) -> str | None:
+    if "box" not in text:
+        return None
+    boxes = all_boxed(text)
+    if boxes is None:
+        return UNCLOSED
+    if not boxes:
+        return None
+    for anchor in reversed(list(ANCHOR.finditer(text, boxes[-1][1]))[-LAST_ANCHORS:]):
+        if anchor["final"] and (found := _said(text, anchor.end())):
+            return found
+    return _contents(text, boxes)
+
+
 def last_boxed(text: str) -> str | None:
-    """The content of the last complete `\\boxed{…}`, braces balanced, or None."""
-    # Read from the right: a `\\boxed{` belongs to the brace that closes at its own depth.
-    closing: list[int] = []
-    for position in range(len(text) - 1, -1, -1):
-        character = text[position]
-        if character == "}":
-            closing.append(position)
-        elif character == "{" and closing:
-            end = closing.pop()
-            if text.endswith("\\boxed", 0, position):
-                return text[position + 1 : end].strip()
+    """The content of the last complete box, braces balanced, or None."""
+    boxes = all_boxed(text)
+    return text[boxes[-1][0] : boxes[-1][1]].strip() if boxes else None
+
+
+def all_boxed(text: str) -> list[tuple[int, int]] | None:
+    """Where the contents of the outermost boxes begin and end; None when the last box does not close."""
+    starts = {match.end(): True for match in BOX.finditer(text)}
+    if not starts:
+        return []
+    found: list[tuple[int, int]] = []
+    opened: list[tuple[int, bool]] = []
+    unclosed = -1
+    for position, character in enumerate(text):
+        if position in starts and character != "{":  # \boxed 5
+            end = position + 1
+            while end < len(text) and text[end].isalnum():
+                end += 1
+            found.append((position, end))
+        elif character == "{" and not text.endswith("\\", 0, position):
+            opened.append((position, position in starts))
+        elif character == "}" and opened and not text.endswith("\\", 0, position):
+            start, box = opened.pop()
+            if box:
+                while found and found[-1][0] > start:  # a box in a box
+                    found.pop()
+                found.append((start + 1, position))
+    unclosed = max((start for start, box in opened if box), default=-1)
+    return None if unclosed > (found[-1][0] if found else -1) else found
+
+
+def _joined(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The last span with those before it that are joined to it: `\\boxed{1} and \\boxed{2}`."""
+    kept = [spans[-1]]
+    for before in reversed(spans[:-1]):
+        between = text[before[1] + 1 : kept[0][0]]
+        between = BOX.sub("", between.removesuffix("{"))
+        if len(between) > 60 or ". " in between or "\n\n" in between or TAKEN_BACK.search(between):
+            break
+        if not (JOINT.fullmatch(between) or JOINED_WORDS.fullmatch(between)):
+            break
+        kept.insert(0, before)
+    return kept
+
+
+def _hashes(text: str) -> str | None:
+    if "####" not in text:
+        return None
+    return text.rpartition("####")[2].strip().split("\n")[0].strip() or None
+
+
+def _stated(text: str) -> str | None:
+    low = text.casefold()
+    if "answer" not in low and "答案" not in low:
+        return None
+    for anchor in reversed(list(ANCHOR.finditer(text))[-LAST_ANCHORS:]):
+        if found := _said(text, anchor.end()):
+            return found
     return None
 
 
-def _stated_answer(phrase: str) -> str:
-    """A number followed by nothing but words (`85 dollars.`) is that number; an equation counts by its last side."""
-    phrase = phrase.rpartition("=")[2].strip(" \t*\"'`$.")
+def _said(text: str, start: int) -> str | None:
+    """The answer in what follows "answer is": its formulas, a number followed by nothing but words, else all of it."""
+    phrase = text[start : start + MAX_PHRASE].partition("\n")[0].strip(" \t*\"'`")
+    if not phrase or NO_ANSWER.match(phrase):
+        return None
+    if not phrase.startswith(("$", "\\(", "\\[")) and " is " in phrase:  # The largest $n$ is 34.
+        phrase = phrase.rpartition(" is ")[2].lstrip()
+    if spans := _formulas(phrase):
+        return _contents(phrase, spans if spans[0][0] > 2 else _leading(phrase, spans))
+    phrase = phrase.split(". ")[0].rpartition("=")[2].strip(" \t*\"'`.")
     number = NUMBER.match(phrase)
     if number and WORDS_AFTER.fullmatch(phrase, number.end()):
-        return number.group()
-    return phrase
+        return _bare(number)
+    numbers = list(NUMBER.finditer(phrase))
+    if len(numbers) == 1 and len(re.findall(r"[A-Za-z]{3,}", phrase)) > 2:  # Jane started 3 hours ago.
+        return _bare(numbers[0])
+    return phrase or None
+
+
+def _leading(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The first span and those joined to it: what is explained afterwards is not the answer."""
+    end = 1
+    while end < len(spans) and len(_joined(text, spans[: end + 1])) == end + 1:
+        end += 1
+    return spans[:end]
+
+
+def _bare(number: re.Match[str]) -> str:
+    unit = number["unit"] or ""
+    digits = number.group().removesuffix(unit).replace("\\$", "").replace("$", "").strip()
+    return digits if unit in ("", "$", "\\$") else f"{digits} {unit}"
+
+
+def _formulas(text: str) -> list[tuple[int, int]]:
+    """Where the formulas `$…$`, `$$…$$`, `\\(…\\)` and `\\[…\\]` begin and end."""
+    return [match.span(match.lastindex or 0) for match in FORMULA.finditer(text)]
+
+
+def _contents(text: str, spans: list[tuple[int, int]]) -> str:
+    """The last of several boxes or formulas with those joined to it, and a percent sign behind it."""
+    joined = _joined(text, spans)
+    unit = PERCENT_BEHIND.match(text, joined[-1][1])
+    return ", ".join(text[a:b].strip() for a, b in joined) + ("%" if unit else "")
+
+
+def _formula(text: str) -> str | None:
+    if spans := _formulas(text):
+        return _contents(text, spans)
+    return text.strip() if "\n" not in text.strip() and _expression(text) else None
+
+
+def _final_line(text: str) -> str | None:
+    """The last formula or number of the last line that has one. A number that another clause follows ("12, so I give
+    up") was said in passing."""
+    spans = _formulas(text) if "$" in text or "\\" in text else []
+    for start, line in _lines_from_the_end(text):
+        numbers = list(NUMBER.finditer(line))
+        here = [span for span in spans if start <= span[1] <= start + len(line)]
+        if here and (not numbers or here[-1][1] > start + numbers[-1].start()):
+            return _contents(text, [span for span in spans if span[1] <= here[-1][1]])
+        if _expression(line):
+            return line.strip()
+        if numbers:
+            passing = IN_PASSING.match(line, numbers[-1].end())
+            return None if passing else _bare(numbers[-1])
+    return None
+
+
+def _lines_from_the_end(text: str) -> list[tuple[int, str]]:
+    found, start = [], 0
+    for line in text.split("\n"):
+        if line.strip():
+            found.append((start, line))
+        start += len(line) + 1
+    return found[::-1]
+
+
+def _expression(line: str) -> bool:
+    """Whether a line is nothing but one expression that is not plain arithmetic (77 - 8 has no answer yet)."""
+    line = line.strip()
+    if len(line) > 200 or ":" in line or (re.fullmatch(r"[0-9+*/=(). \-]*", line) and not GROUPED.fullmatch(line)):
+        return False
+    runs = re.findall(r"(?<![A-Za-z\\])[A-Za-z]{2,}", re.sub(r"(?<=[0-9)])or(?=[A-Z(])", " ", line))
+    if any(run.casefold() not in WORDS_OF_FORMULAS for run in runs):
+        return False
+    try:
+        return not isinstance(read(line), Words)
+    except (UnreadableError, RefusedError):
+        return False
+
+
+RULES = {"boxed": _boxed, "hashes": _hashes, "stated": _stated, "formula": _formula, "final_line": _final_line}

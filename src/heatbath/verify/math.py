@@ -1,41 +1,61 @@
-"""Verdicts on mathematical answers: plain numbers compared exactly here, everything else by math-verify in a worker.
-
-Nothing of a completion is ever evaluated as code. The worker may hang or die; it is killed and replaced.
-"""
+"""Verdicts on mathematical answers: what can be read is compared here, exactly; the rest is asked of Math-Verify in a
+worker process that is killed at a deadline. Nothing of a completion is ever evaluated as code."""
 
 from __future__ import annotations
 
-import logging
-import re
 import time
-from fractions import Fraction
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
-from heatbath.verify.extract import extract
-from heatbath.verify.pool import WorkerPool
+from heatbath.errors import RunError
+from heatbath.verify import algebra, paper
+from heatbath.verify.answers.equality import EXACT, Rules
+from heatbath.verify.answers.symbols import RefusedError
+from heatbath.verify.cascade import BOMB, compare, gold_answer
+from heatbath.verify.extract import POLICIES, Policy, clean, extract, last_boxed
+from heatbath.verify.pool import Outcome, WorkerPool
 from heatbath.verify.verdict import Verdict
 
-MAX_ANSWER = 500  # characters; a longer "answer" is refused before any parser sees it
-PLAIN = re.compile(r"([+-]?)([0-9]{1,60}|[0-9]{1,3}(?:,[0-9]{3}){1,20}|(?=\.[0-9]))(?:\.([0-9]{1,60}))?")
-FRACTION = re.compile(r"([+-]?[0-9]{1,60}) ?/ ?([0-9]{1,60})")
-
-
-def plain_number(text: str) -> Fraction | None:
-    """The exact value of an integer, decimal or a/b, with optional $…$, thousands commas and a final dot."""
-    text = text.strip().strip("$").strip().rstrip(".").replace("−", "-")
-    if match := PLAIN.fullmatch(text):
-        sign, whole, decimals = match.groups()
-        digits = whole.replace(",", "") + (decimals or "")
-        return Fraction(int(sign + digits), 10 ** len(decimals or ""))
-    if (match := FRACTION.fullmatch(text)) and int(match.group(2)):
-        return Fraction(int(match.group(1)), int(match.group(2)))
-    return None
+Profile = Literal["strict", "paper"]
+SHOWN = 500  # characters of an answer that a verdict keeps
 
 
 class MathGrader:
-    """Grades completions against gold answers, `workers` at a time, each verdict within `deadline` seconds of work."""
+    """Grades completions against gold answers, `workers` at a time, each within `deadline` seconds of work.
 
-    def __init__(self, *, workers: int = 2, deadline: float = 10.0):
-        self.pool = WorkerPool(_math_verify, workers=workers, deadline=deadline, warm_up=("1", "1"))
+    `profile`: `strict` compares exactly; `paper` accepts what the first GIFT paper's rewards accept (`paper.py`, then
+    Math-Verify on the whole response). For `strict`: `policy` names where an answer may stand (`extract.py`), `rules` what
+    counts as the same (`equality.py`), `finished` refuses plain arithmetic that nobody worked out, and `stages` are import
+    paths (`package.module:function`, `file.py:function`) of functions (gold, answer) -> True, False or None, asked in the
+    worker before Math-Verify about every answer that is not decided here.
+    """
+
+    def __init__(
+        self,
+        *,
+        profile: Profile = "strict",
+        workers: int = 2,
+        deadline: float = 10.0,
+        policy: Policy = "any",
+        rules: Rules = EXACT,
+        finished: bool = True,
+        stages: Sequence[str] = (),
+    ):
+        if profile not in get_args(Profile) or policy not in POLICIES:
+            raise RunError(
+                f"no profile {profile!r} with policy {policy!r}",
+                "MathGrader",
+                f"profiles: {', '.join(get_args(Profile))}; policies: {', '.join(POLICIES)}",
+            )
+        self.profile, self.policy, self.rules, self.finished = profile, policy, rules, finished
+        self.stages = [*stages, algebra.MATH_VERIFY]
+        strict = profile == "strict"
+        self.pool = WorkerPool(
+            "heatbath.verify.algebra:decide" if strict else "heatbath.verify.algebra:whole_response",
+            workers=workers,
+            deadline=deadline,
+            warm_up=[self.stages, "\\sqrt{2}", "x+1"] if strict else ["2", "so \\boxed{\\sqrt{2}}"],
+        )
 
     def __enter__(self) -> MathGrader:
         return self
@@ -46,45 +66,69 @@ class MathGrader:
     def close(self) -> None:
         self.pool.close()
 
-    def grade(self, completions: list[str], golds: list[str]) -> list[Verdict]:
+    def grade(self, completions: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
         """A verdict for each completion, in order."""
-        verdicts: list[Verdict | None] = [_without_worker(c, g) for c, g in zip(completions, golds, strict=True)]
-        hard = [i for i, verdict in enumerate(verdicts) if verdict is None]
-        answers = {i: extract(completions[i]) for i in hard}
-        results = self.pool.map([(golds[i], answers[i][0] or "") for i in hard])
-        for i, (outcome, seconds) in zip(hard, results, strict=True):
-            answer, rule = answers[i]
-            verdicts[i] = Verdict(outcome, answer, f"{rule}+math_verify", seconds)
-        return [v for v in verdicts if v is not None]
+        first = self._strictly if self.profile == "strict" else self._as_in_the_paper
+        found = [_caught(first, c, str(g)) for c, g in zip(completions, golds, strict=True)]
+        hard = [i for i, verdict in enumerate(found) if not isinstance(verdict, Verdict)]
+        outcomes = self.pool.map([found[i].task for i in hard])
+        for i, outcome in zip(hard, outcomes, strict=True):
+            found[i] = found[i].verdict(outcome)
+        return found
+
+    def _strictly(self, completion: str, gold: str) -> Verdict | Asked:
+        expected = gold_answer(gold)
+        answer, rule = extract(completion, self.policy)
+        if expected is None:
+            return Verdict("bad_gold", _shown(answer), rule)
+        if not answer:
+            return Verdict("no_answer", answer, rule)
+        status, why = compare(expected, answer, self.rules, self.finished)
+        if status is None:
+            return Asked([self.stages, expected.text, answer], answer, rule)
+        if status == "wrong" and len(self.stages) > 1:
+            return Asked([self.stages[:-1], expected.text, answer], answer, rule)
+        return Verdict(status, _shown(answer), f"{rule}+{why}")
+
+    def _as_in_the_paper(self, completion: str, gold: str) -> Verdict | Asked:
+        expected = gold_answer(gold)
+        if expected is None:
+            return Verdict("bad_gold", None, "none")
+        answer = last_boxed(clean(completion))
+        try:
+            if answer and paper.accepts(expected.text, answer):
+                return Verdict("right", _shown(answer), "boxed+paper")
+        except RefusedError as error:
+            return Verdict("refused", _shown(answer), f"boxed+{error}")
+        if answer and BOMB.search(answer):
+            return Verdict("refused", _shown(answer), "boxed+bounds")
+        return Asked([expected.text, completion[-algebra.MAX_RESPONSE :]], answer, "response")
 
 
-def _without_worker(completion: str, gold: str) -> Verdict | None:
-    """The verdict where no parser is needed, or None."""
+class Asked:
+    """A question for a worker, and how its outcome becomes a verdict."""
+
+    def __init__(self, task: list[object], answer: str | None, rule: str):
+        self.task, self.answer, self.rule = task, answer, rule
+
+    def verdict(self, outcome: Outcome) -> Verdict:
+        if outcome.status != "done":
+            rule = f"{self.rule}+{outcome.message or outcome.status}"
+            return Verdict(outcome.status, _shown(self.answer), rule, outcome.seconds)
+        status, decided = outcome.value
+        return Verdict(status, _shown(self.answer), f"{self.rule}+{decided}", outcome.seconds)
+
+
+def _caught(grade: Callable[[str, str], Verdict | Asked], completion: str, gold: str) -> Verdict | Asked:
     started = time.perf_counter()
-    answer, rule = extract(completion)
-    expected = plain_number(gold)
-    if not gold.strip() or len(gold) > MAX_ANSWER:
-        return Verdict("bad_gold", answer, rule)
-    if answer is None or not answer:
-        return Verdict("no_answer", answer, rule)
-    if len(answer) > MAX_ANSWER:
-        return Verdict("refused", answer[:MAX_ANSWER], rule)
-    found = plain_number(answer)
-    if found is None or expected is None:
-        return None
-    status = "right" if found == expected else "wrong"
-    return Verdict(status, answer, f"{rule}+exact", time.perf_counter() - started)
+    try:
+        found = grade(completion, gold)
+    except Exception as error:  # noqa: BLE001 - the edge to model text: whatever it breaks is counted, not raised
+        found = Verdict("crashed", None, f"{type(error).__name__}: {error}"[:200])
+    if isinstance(found, Verdict):
+        return Verdict(found.status, found.answer, found.rule, time.perf_counter() - started)
+    return found
 
 
-def _math_verify(gold: str, answer: str) -> str:
-    """Runs in a worker process. The deadline there is the pool's: math-verify's own uses signals and is left off."""
-    from math_verify import parse, verify
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns at every call that its timeouts are off
-    expected = parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
-    if not expected:
-        return "bad_gold"
-    found = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
-    if not found:
-        return "wrong"
-    return "right" if verify(expected, found, timeout_seconds=None) else "wrong"
+def _shown(answer: str | None) -> str | None:
+    return answer if answer is None else answer[:SHOWN]

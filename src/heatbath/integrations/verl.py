@@ -1,0 +1,60 @@
+"""heatbath's verdicts as verl's `compute_score`.
+
+    custom_reward_function.path=$(python -c "import heatbath.integrations.verl as v; print(v.__file__)")
+    custom_reward_function.name=compute_score
+
+A row's `reward_model.ground_truth` is the gold answer; for multiple choice and programs JSON text (docs/verify.md). Which
+grader it is for stands in `extra_info["kind"]` (math by default) and `extra_info["profile"]`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from heatbath.verify.graders import Grader, Kind, as_gold, grader
+from heatbath.verify.verdict import Verdict
+
+
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any] | None = None, **_: Any
+) -> dict[str, Any]:
+    """verl's reward of one response: `score`, `acc`, and what became of it. A gold answer that nobody can read scores 0
+    here, since verl knows no missing reward; its `status` says so."""
+    return compute_scores([data_source], [solution_str], [ground_truth], [extra_info])[0]
+
+
+def compute_scores(
+    data_sources: Sequence[str],
+    solution_strs: Sequence[str],
+    ground_truths: Sequence[str],
+    extra_infos: Sequence[Mapping[str, Any] | None] | None = None,
+    **_: Any,
+) -> list[dict[str, Any]]:
+    """The same for a batch (verl's `batch` reward manager): the graders work on all of it at once."""
+    infos = [info or {} for info in extra_infos or [None] * len(solution_strs)]
+    wanted = [(str(info.get("kind", "math")), str(info.get("profile", "strict"))) for info in infos]
+    scores: list[dict[str, Any]] = [{}] * len(solution_strs)
+    for kind, profile in dict.fromkeys(wanted):
+        rows = [i for i, asked in enumerate(wanted) if asked == (kind, profile)]
+        golds = [as_gold(kind, str(ground_truths[i])) for i in rows]  # type: ignore[arg-type]
+        verdicts = _grader(kind, profile).grade([solution_strs[i] for i in rows], golds)  # type: ignore[arg-type]
+        for i, verdict in zip(rows, verdicts, strict=True):
+            scores[i] = _score(verdict)
+    return scores
+
+
+@functools.cache
+def _grader(kind: Kind, profile: str) -> Grader:
+    return grader(kind, profile=profile)
+
+
+def _score(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "score": verdict.score or 0.0,
+        "acc": float(verdict.status == "right"),
+        "status": verdict.status,
+        "pred": verdict.answer or "",
+        "rule": verdict.rule,
+    }

@@ -1,0 +1,1 @@
+"""Mathematical answers: read, valued and compared without computer algebra, every step bounded."""

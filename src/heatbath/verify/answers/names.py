@@ -1,0 +1,94 @@
+"""What an equation names: x = 5 is 5, f(x) = 2x is 2x, (p, q) = (3, 2) is (3, 2)."""
+
+from __future__ import annotations
+
+from heatbath.verify.answers.expressions import Apply, Chain, Group, Matrix, Name, Node, Quantity, Words
+
+CONSTANTS = ("pi", "e", "i", "infty", "emptyset")
+
+
+def named_value(node: Node) -> tuple[Node | None, Node]:
+    """`node` as (name, value) where it says what something is: x = 5, f(x) = 2x, x ∈ {1, 2}, AB = 3 + 4 = 7."""
+    if isinstance(node, Group) and node.kind == "list" and node.joint != ";":
+        return _named_list(node)
+    if not isinstance(node, Chain):
+        return None, node
+    sides, signs = list(node.sides), list(node.signs)
+    if "approx" in signs:
+        cut = signs.index("approx")
+        if cut or not is_name(sides[0]):  # 1/3 ≈ 0.33 is 1/3
+            sides, signs = sides[: cut + 1], signs[:cut]
+            if not signs:
+                return None, sides[0]
+    if not set(signs) <= {"=", "approx", "in", "equiv"}:
+        return None, node
+    if is_name(sides[0]):
+        return sides[0], sides[-1]
+    if len(sides) == 2 and free_names(sides[0]) == set() and isinstance(sides[1], Name) and is_name(sides[1]):
+        return sides[1], sides[0]  # 3 = s
+    if not any(free_names(side) for side in sides):
+        return None, sides[-1]  # 47 + 38 = 85
+    return None, Chain(tuple(sides), tuple(signs))
+
+
+def _named_list(node: Group) -> tuple[Node | None, Node]:
+    """n = 1, 2, 3 names the whole list."""
+    first, *others = node.items
+    alone = not any(isinstance(item, Chain) for item in others)
+    if alone and isinstance(first, Chain) and first.signs in (("=",), ("in",)) and is_name(first.sides[0]):
+        return first.sides[0], Group("list", (first.sides[1], *others), joint=node.joint)
+    return None, node
+
+
+def is_name(node: Node) -> bool:
+    """Whether a side of an equation names something: x, f(x), AB, |AB|, (x, y), A:B, NO/BO, a word."""
+    match node:
+        case Name(name):
+            return name not in CONSTANTS
+        case Words(text):
+            return bool(text)
+        case Apply("mul", (a, b)):
+            return _capitals(a) and _capitals(b)
+        case Apply("abs" | "overline" | "angle" | "triangle" | "widehat" | "vec" | "overrightarrow", (inner,)):
+            return is_name(inner)
+        case Apply("ratio" | "div", args):
+            return all(map(_capitals, args))
+        case Apply(head, _):
+            return head.startswith("call ")
+        case Group("paren", items):
+            return all(map(is_name, items))
+    return False
+
+
+def _capitals(node: Node) -> bool:
+    match node:
+        case Name(name):
+            return name[0].isupper()
+        case Apply("mul", (a, b)):
+            return _capitals(a) and _capitals(b)
+    return False
+
+
+def same_name(a: Node, b: Node) -> bool:
+    """Names that may stand for the same; only a plain variable excludes another."""
+    if isinstance(a, Apply) and isinstance(b, Apply) and a.head.startswith("call "):
+        return a.head == b.head
+    return a == b or not (isinstance(a, Name) and isinstance(b, Name))
+
+
+def free_names(node: Node) -> set[str]:
+    match node:
+        case Name(name):
+            return set() if name in CONSTANTS else {name}
+        case Apply(head, args):
+            found = {head} if head.startswith("call ") else set()
+            return found.union(*map(free_names, args))
+        case Group(_, items):
+            return set().union(*map(free_names, items))
+        case Chain(sides, _):
+            return set().union(*map(free_names, sides))
+        case Matrix(rows):
+            return set().union(*(free_names(cell) for row in rows for cell in row))
+        case Quantity(value, _):
+            return free_names(value)
+    return set()
