@@ -2,9 +2,9 @@
 
     python benchmarks/agreement.py --data ../shared/data --out benchmarks/results/agreement.json
 
-The folders `mathverify_cases` (the tests of Math-Verify), `verdicts_gsm8k` (labelled GSM8K responses, in their raw form)
-and `adversarial_math` are read under --data. Math-Verify's cases are graded twice: with `strict` as it is, and with each
-row's own `compare_args` as the options of MathGrader that mean the same.
+The folders `mathverify_cases` (the tests of Math-Verify), `verdicts_gsm8k` (labelled GSM8K responses, in their raw
+form) and `adversarial_math` are read under --data. Math-Verify's cases are graded twice: with `strict` as it is, and
+with each row's own `compare_args` as the options of MathGrader that mean the same.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def merged(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def show(found: dict[str, Any]) -> None:
     counts = ", ".join(f"{status} {n:,}" for status, n in found["statuses"].items())
-    print(f"{found['suite']}: {found['agree']:,} of {found['cases']:,}, {found['false_accepts']} false accepts ({counts})")
+    accepted = f"{found['false_accepts']} false accepts"
+    print(f"{found['suite']}: {found['agree']:,} of {found['cases']:,}, {accepted} ({counts})")
     for row in found["differences"]:
         expected = "right" if row["expected"] else "not right"
         print(f"  {row['gold']!r} ~ {row['answer']!r}: {row['status']} by {row['rule']}, expected {expected}")

@@ -351,6 +351,24 @@ SECTIONS: dict[str, list[Mistake]] = {
         Mistake("Both ways of going on", "run r.toml --resume --fresh", ("exclude each other",), {"r.toml": RECIPE}),
         Mistake("A report of something else", "report base", ("not a run: it holds no env.json",), {"r.toml": RECIPE}),
     ],
+    "Rewards": [
+        recipe("A misspelt kind of answer", "reward.kind=cod", "reward.kind", "'math', 'choice' or 'code'"),
+        recipe("A reward that there is not", "reward.weights={verdit=1}", "'verdit' is neither verdict, model nor"),
+        recipe("A weight without its model", "reward.weights={model=1}", "there is no reward model: set reward.model"),
+        recipe("A profile for programs", "reward={kind='code',profile='paper'}", "profile and stages are for math"),
+        recipe("A function that is not there", "reward.weights={'mine.py:brief'=1}", "no function mine.py:brief"),
+        recipe("A stage that is not there", "reward.stages=['colours:same']", "no function colours:same"),
+        recipe("A reward model that is not there", "reward.model=./judge", "cannot load the model './judge'"),
+        recipe(
+            "An isolation that there is not", "reward={kind='code',isolation='docker'}", "unknown isolation 'docker'"
+        ),
+        Mistake(
+            "Options that are none",
+            "run r.toml --dry-run",
+            ("'choices' holds no options", "row 1"),
+            files(demos(ROW | {"choices": 4}), data='fields = { options = "choices" }'),
+        ),
+    ],
 }
 MISTAKES = [mistake for section in SECTIONS.values() for mistake in section]
 

@@ -175,6 +175,33 @@ def surprise(
 
 
 @app.command()
+def grade(
+    source: Annotated[str, typer.Argument(metavar="IN.jsonl", help="Rows with response and gold; - reads stdin.")],
+    kind: Annotated[str, typer.Option("--kind", help="math, code (field tests) or choice (field options).")] = "math",
+    profile: Annotated[str, typer.Option("--profile", help="strict, or for math also paper.")] = "strict",
+    out: Annotated[
+        str, typer.Option("--out", help="The graded rows; an existing file is gone on with. -: stdout.")
+    ] = "-",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over: drop the graded rows there are.")] = False,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Verdicts at a time.")] = 2,
+    deadline: Annotated[float, typer.Option("--deadline", help="Seconds a verdict may take.")] = 10.0,
+    json: Json = False,
+) -> None:
+    """Verdicts for any responses. Exits 2 when rows were left ungraded: unreadable, or without a gold answer."""
+    from heatbath.progress import Progress
+    from heatbath.stages import grade as stage
+
+    grading = stage.Grading(source, out, kind, profile, workers, deadline, fresh)
+    try:
+        found = stage.run_grade(grading, Progress(quiet=json))
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on" if out != "-" else "interrupted", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(jsonlib.dumps(found, ensure_ascii=False) if json else stage.show(found), err=out == "-")
+    raise typer.Exit(0 if found["ok"] else 2)
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")], json: Json = False) -> None:
     """Write report.html, report.md and report.json of a run."""
     from heatbath.report.page import write_report

@@ -377,10 +377,11 @@ class Reward(Section):
     """What a completion earns: the verdict of a grader, and where wished a reward model or functions of one's own.
 
     `kind` is what a gold answer is; `profile` and `stages` (import paths) are for math, `isolation` for code. `model`
-    is a sequence-classification checkpoint, which is then the whole reward unless `weights` says otherwise: a number for
-    `verdict`, for `model` and for any reward function in TRL's form, by import path. `sqrt_length` divides the model's
-    score by the square root of the completion's tokens. A verdict may take `deadline` seconds; `workers` processes
-    grade. More than `failed_share` of a step's verdicts (and more than one) that are failures of grading stop the run.
+    is a sequence-classification checkpoint, which is then the whole reward unless `weights` says otherwise: a number
+    for `verdict`, for `model` and for any reward function in TRL's form, by import path. `sqrt_length` divides the
+    model's score by the square root of the completion's tokens. A verdict may take `deadline` seconds; `workers`
+    processes grade. More than `failed_share` of a step's verdicts (and more than one) that are failures of grading stop
+    the run.
     """
 
     kind: Literal["math", "choice", "code"] = "math"

@@ -176,7 +176,7 @@ def _require_readable(grader: Grader, rows: Sequence[Row], split: str, kind: Kin
     if bad:
         row, verdict = bad[0]
         raise DataError(
-            f"{len(bad):,} of {len(verdicts):,} gold answers cannot be graded; the first: {verdict.status}, {verdict.rule}",
+            f"{len(bad):,} of {len(verdicts):,} gold answers cannot be graded: {verdict.status}, {verdict.rule}",
             f"data.{split}, {rendering.place(row)}",
             "docs/verify.md shows what a gold answer of this kind looks like",
         )

@@ -146,7 +146,8 @@ def _shards(folder: Path, key: str) -> Iterator[Record]:
 
 
 def _jsonl(path: Path, key: str) -> Iterator[Record]:
-    text = gzip.open(path, "rt", encoding="utf-8-sig").read() if path.suffix == ".gz" else path.read_text("utf-8-sig")
+    stored = path.read_bytes()
+    text = (gzip.decompress(stored) if path.suffix == ".gz" else stored).decode("utf-8-sig")
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue

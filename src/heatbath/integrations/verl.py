@@ -3,8 +3,8 @@
     custom_reward_function.path=$(python -c "import heatbath.integrations.verl as v; print(v.__file__)")
     custom_reward_function.name=compute_score
 
-A row's `reward_model.ground_truth` is the gold answer; for multiple choice and programs JSON text (docs/verify.md). Which
-grader it is for stands in `extra_info["kind"]` (math by default) and `extra_info["profile"]`.
+A row's `reward_model.ground_truth` is the gold answer; for multiple choice and programs JSON text (docs/verify.md).
+Which grader it is for stands in `extra_info["kind"]` (math by default) and `extra_info["profile"]`.
 """
 
 from __future__ import annotations

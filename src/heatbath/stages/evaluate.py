@@ -74,9 +74,7 @@ def _write_results(run: Run, recipe: Recipe) -> dict[str, Any]:
     return results
 
 
-def sample_policy(
-    run: Run, recipe: Recipe, policy: str, test: list[Row], grader: Grader, progress: Progress
-) -> None:
+def sample_policy(run: Run, recipe: Recipe, policy: str, test: list[Row], grader: Grader, progress: Progress) -> None:
     """Adds to the run's samples what is missing of `eval.samples` graded completions of every test problem.
 
     Each batch is kept as soon as it is graded: an interrupted evaluation goes on where it stopped.

@@ -64,7 +64,7 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
     or written. Returns what it read. Raises RecipeError, DataError or RunError."""
     from heatbath import models
     from heatbath.data import checks, sources
-    from heatbath.stages.rewards import grader_of
+    from heatbath.stages.rewards import grader_of, require_rewards
 
     splits = sources.load(recipe.data, recipe.seed)
     sources.require(splits, recipe, stages)
@@ -79,6 +79,8 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
         for split in ("demos", "validation"):
             require_columns(goal, checks.rendered(tokenizer, getattr(splits, split), recipe, split), split)
     asked = [s for stage, s in (("rl", "prompts"), ("eval", "test")) if stage in stages]
+    if asked:
+        require_rewards(recipe.reward)
     with grader_of(recipe.reward) as grader:
         for split in asked:
             rows = getattr(splits, split)

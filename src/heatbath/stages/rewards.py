@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from heatbath.errors import RecipeError
+from heatbath.errors import RecipeError, RunError
 from heatbath.sections import Reward as RewardSection
 from heatbath.verify.graders import Grader, Kind, as_gold, grader, require_few_failures
 from heatbath.verify.verdict import STATUSES
@@ -26,6 +26,25 @@ def grader_of(settings: RewardSection) -> Grader:
     )
 
 
+def require_rewards(settings: RewardSection) -> None:
+    """Says before anything is trained what of the [reward] table is not there: the sandbox, the reward model, functions
+    and stages of the user's own. Raises RunError or RecipeError."""
+    if settings.kind == "code":
+        from heatbath.verify.sandbox import BUBBLEWRAP, available
+
+        if reason := available(settings.isolation or BUBBLEWRAP):
+            raise RunError(f"programs cannot be run: {reason}", "reward.isolation", "docs/code.md has the levels")
+    for stage in settings.stages:
+        own_function(stage, "reward.stages")
+    for name in settings.weights:
+        if ":" in name:
+            own_function(name, "reward.weights")
+    if settings.model is not None:
+        from heatbath.models import load_config
+
+        load_config(settings.model)
+
+
 def reward_functions(settings: RewardSection, grader: Grader) -> list[Reward]:
     """The rewards of a recipe, in the order of `settings.weighted`."""
     made: list[Reward] = []
@@ -38,7 +57,7 @@ def reward_functions(settings: RewardSection, grader: Grader) -> list[Reward]:
             assert settings.model is not None
             made.append(RewardModel(settings.model, sqrt_length=settings.sqrt_length))
         else:
-            made.append(_own(name))
+            made.append(own_function(name, "reward.weights"))
     return made
 
 
@@ -61,11 +80,12 @@ def verdict_reward(grader: Grader, kind: Kind = "math", failed_share: float = 0.
     return verdict
 
 
-def _own(path: str) -> Reward:
+def own_function(path: str, key: str) -> Callable[..., Any]:
+    """The function of an import path; raises RecipeError naming the key where there is none."""
     from heatbath.verify.worker import load
 
     try:
-        found: Reward = load(path)
-    except (ImportError, AttributeError, OSError) as error:
-        raise RecipeError(f"no function {path}: {error}", "reward.weights", "check the path and the name") from None
-    return found
+        return load(path)
+    except (ImportError, AttributeError, OSError, TypeError) as error:
+        remedy = 'write "package.module:function", or "file.py:function" relative to the working folder'
+        raise RecipeError(f"no function {path}: {error}", key, remedy) from None

@@ -9,24 +9,62 @@ from functools import lru_cache
 from typing import Literal
 
 from heatbath.verify.answers.equality import EXACT, Rules, same
-from heatbath.verify.answers.expressions import Apply, Based, Node, Number, Quantity, Words
-from heatbath.verify.answers.notation import latex, letters
+from heatbath.verify.answers.expressions import Apply, Based, Chain, Group, Matrix, Node, Number, Quantity, Words
+from heatbath.verify.answers.names import free_names
+from heatbath.verify.answers.notation import GREEK, SAME, latex, letters
+from heatbath.verify.answers.parser import UNREAD
 from heatbath.verify.answers.reading import read
-from heatbath.verify.answers.symbols import RefusedError, UnreadableError
-from heatbath.verify.extract import ANCHOR, all_boxed, extract
+from heatbath.verify.answers.symbols import FUNCTIONS, STYLES, RefusedError, UnreadableError
+from heatbath.verify.answers.values import Evaluation, mp, same_number
+from heatbath.verify.extract import all_boxed, extract
 
 Found = Literal["right", "wrong", "refused", "bad_gold"]
 MAX_GOLD = 1_000  # characters
 PLAIN = re.compile(r"-?[0-9]{1,18}")
-LETTER = re.compile(r"\(?([A-J])\)?")
-LETTER_WITH_TEXT = re.compile(r"\(?([A-J])(?:\)[.:]?|[.:])(?:\s.*)?", re.DOTALL)
+LETTER = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?([A-J])\)?")
+LETTER_WITH_TEXT = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?([A-J])(?:\)[.:]?|[.:]|(?= ))(?:\s(.*))?", re.DOTALL)
 DECIMAL_COMMA = re.compile(r"([+-]?)([0-9]+),([0-9]{1,2}|[0-9]{4,}|(?<=^0,)[0-9]+)")
 # What would make a computer algebra system work without end: towers, factorials and products of large numbers.
 BOMB = re.compile(
     r"[0-9]{5,}[ )}]*!|!!|\^[ {(]*[0-9]{5,}|[0-9)][)} ]*\^[ {(]*[0-9]+[)} ]*\^|10\^[{(]?[0-9]+[})]*!"
     r"|\\(?:prod|sum|int|binom)[^a-z].{0,40}(?:[0-9]{5,}|10 ?\^)|[0-9][eE][+-]?[0-9]{4,}"
 )
-CODE = re.compile(r"__|[\"`#@?]|\('")  # no mathematical answer has these
+# What Math-Verify computes and the parser here does not know.
+ALGEBRA = {
+    "sum",
+    "prod",
+    "int",
+    "lim",
+    "to",
+    "infty",
+    "pmod",
+    "bmod",
+    "mod",
+    "begin",
+    "end",
+    "frac",
+    "sqrt",
+    "binom",
+    "pi",
+}
+ALGEBRA |= {
+    "cdot",
+    "times",
+    "cup",
+    "cap",
+    "setminus",
+    "in",
+    "pm",
+    "mp",
+    "le",
+    "ge",
+    "ne",
+    "equiv",
+    "partial",
+    "mathbb",
+    "det",
+}
+ALGEBRA |= {"lfloor", "rfloor", "lceil", "rceil", "log", "ln", "circ", "overline", "emptyset", "div", "approx", "neq"}
 
 
 @dataclass(frozen=True)
@@ -46,9 +84,15 @@ def gold_answer(gold: str) -> Gold | None:
     text = latex(_stripped(gold)) if gold.strip() and len(gold) <= 20_000 else ""
     if len(text) > MAX_GOLD or not (any(map(str.isalnum, text)) or "{" in text) or not _balanced(text):
         return None
-    letter = LETTER.fullmatch(letters(text).upper()) if len(text) < 30 else None
+    letter = LETTER.fullmatch(_unstyled(text)) if len(text) < 30 else None
     integer = int(text) if PLAIN.fullmatch(text) else None
-    return Gold(text, _tree(text), letter.group(1) if letter else None, _comma(text), integer)
+    return Gold(
+        text,
+        _tree(text),
+        letter.group(1) if letter else None,
+        _comma(text) if re.match("-?0,", text) else None,
+        integer,
+    )
 
 
 def _balanced(text: str) -> bool:
@@ -61,10 +105,11 @@ def _stripped(gold: str) -> str:
     gold = gold.replace("\\\\boxed", "\\boxed").replace("\\n", "\n") if "\\\\boxed" in gold else gold
     if all_boxed(gold) is None:  # a box that is never closed, in a text that nobody generated
         gold += "}"
-    if "\\boxed" in gold or "\\fbox" in gold or ANCHOR.search(gold) or len(gold) > 200 or "$" in gold:
-        answer, rule = extract(gold, "latex")
-        if answer and (rule != "stated" or len(gold) > 40):
-            return answer
+    if re.search(r"\\boxed|\\fbox|####|\$|answer|答案", gold, re.IGNORECASE) or len(gold) > 200:
+        for policy in ("marked", "latex"):
+            answer, _ = extract(gold, policy)  # type: ignore[arg-type]
+            if answer:
+                return answer
     return gold
 
 
@@ -90,8 +135,8 @@ def compare(gold: Gold, answer: str, rules: Rules = EXACT, finished: bool = True
     text = latex(answer)
     if text == gold.text:
         return "right", "text"
-    if gold.letter and (match := LETTER_WITH_TEXT.fullmatch(_unstyled(answer)) or LETTER.fullmatch(_unstyled(answer))):
-        return ("right" if match.group(1) == gold.letter else "wrong"), "letter"
+    if gold.letter and (letter := _letter(_unstyled(text))):
+        return ("right" if letter == gold.letter else "wrong"), "letter"
     try:
         node = read(text)
     except RefusedError as error:
@@ -100,28 +145,63 @@ def compare(gold: Gold, answer: str, rules: Rules = EXACT, finished: bool = True
     except UnreadableError:
         return _unread(gold, text)
     if gold.node is None:
-        return ("refused", "bounds") if BOMB.search(text) else (None, "gold")
-    if finished and isinstance(gold.node, Number) and gold.node.value.denominator in (1, 10, 100) and unfinished(node):
+        return _undecided(gold, text)
+    if finished and unfinished(node) and not unfinished(gold.node):
         return "wrong", "unfinished"
+    if not _consistent(node):
+        return "wrong", "contradiction"
     try:
         found = same(gold.node, node, rules)
-        if not found and (other := gold.comma or _comma(text)) is not None and _decimal(gold.comma or gold.node):
-            found = same(gold.comma or gold.node, other if not gold.comma else (_comma(text) or node), rules)
+        if not found and gold.comma is not None:
+            found = same(gold.comma, _comma(text) or node, rules)
+        elif not found and (point := _comma(text)) is not None and _decimal(gold.node):
+            found = same(gold.node, point, rules)
     except RefusedError as error:
         return "refused", str(error)
-    if found is None and BOMB.search(text):
+    if found is None:
+        return _undecided(gold, text)
+    return ("right" if found else "wrong"), "value"
+
+
+def _undecided(gold: Gold, text: str) -> tuple[Found | None, str]:
+    """What neither the text nor the values decide is asked of computer algebra, where that is what is missing and it
+    knows every symbol: it passes over what it does not know, and 5 would be \\notin 5."""
+    if BOMB.search(text):
         return "refused", "bounds"
-    return (None if found is None else "right" if found else "wrong"), "value"
+    if not _algebra(gold.text):
+        return "bad_gold", "no mathematics"
+    needed = any(set(re.findall(r"\\([A-Za-z]+)", side)) & UNREAD for side in (gold.text, text))
+    return (None, "algebra") if needed and _algebra(text) else ("wrong", "not known")
+
+
+def _algebra(text: str) -> bool:
+    commands = (
+        set(re.findall(r"\\([A-Za-z]+)", text)) - STYLES - FUNCTIONS - set(GREEK) - set(SAME) - set(SAME.values())
+    )
+    words = re.findall(r"(?<![A-Za-z\\])[A-Za-z]{3,}", re.sub(r"\\(?:begin|end) ?\{[a-zA-Z*]+\}", "", text))
+    known = all(word.casefold() in FUNCTIONS | {"and"} for word in words)
+    return known and commands <= ALGEBRA and not re.search(r"[0-9] ?['_]|\\ldots|__|[\"`#@?]|\('", text)
+
+
+def _letter(text: str) -> str | None:
+    """The option that an answer names, alone or with its text; none where it names another or takes it back."""
+    if match := LETTER.fullmatch(text):
+        return match.group(1)
+    match = LETTER_WITH_TEXT.fullmatch(text)
+    if match is None or re.search(
+        r"\b(?:or|and|not|wrong|incorrect|false|no)\b|(?<![A-Za-z])[A-J][).:]", match.group(2) or ""
+    ):
+        return None
+    return match.group(1)
 
 
 def _unread(gold: Gold, text: str) -> tuple[Found | None, str]:
+    """The verdict on an answer that cannot be read."""
     if isinstance(gold.node, Words):
         return ("right" if letters(text) == gold.node.text else "wrong"), "words"
-    if BOMB.search(text):
-        return "refused", "bounds"
-    if gold.node is not None and (CODE.search(text) or not re.search(r"[0-9\\^_=<>]", text)):
+    if gold.node is not None and not re.search(r"[0-9\\^_=<>]", text):
         return "wrong", "no mathematics"
-    return None, "answer"
+    return _undecided(gold, text)
 
 
 def _unstyled(text: str) -> str:
@@ -132,14 +212,33 @@ def _decimal(node: Node) -> bool:
     return isinstance(node, Number) and node.value.denominator != 1
 
 
+def _consistent(node: Node) -> bool:
+    """Whether an equation of plain values holds: 6 = 5 is no way to say 5. What only nears (≈) may be a little off."""
+    if not isinstance(node, Chain) or not set(node.signs) <= {"=", "approx"} or free_names(node):
+        return True
+    try:
+        values = [Evaluation()(side) for side in node.sides]
+    except (UnreadableError, RefusedError):
+        return True
+    exact = [a for a, sign in zip(values, ("=", *node.signs), strict=True) if sign == "="]
+    near = max(abs(mp(value)) for value in values) / 20
+    return all(same_number(exact[0], a) for a in exact) and all(abs(mp(values[0]) - mp(a)) <= near for a in values)
+
+
 def unfinished(node: Node) -> bool:
-    """Whether `node` is a sum, difference, product or quotient of plain numbers that nobody worked out.
+    """Whether `node` is, or holds, a sum, difference, product or quotient of plain numbers that nobody worked out.
 
     A fraction a/b, a mixed number, a power, a root, a factorial and scientific notation are values.
     """
     match node:
         case Quantity(value, _):
             return unfinished(value)
+        case Chain(sides, _):
+            return unfinished(sides[-1])
+        case Group(_, items):
+            return any(map(unfinished, items))
+        case Matrix(rows):
+            return any(unfinished(cell) for row in rows for cell in row)
         case Apply("add" | "sub", args):
             return all(map(_plain, args))
         case Apply("mul", (a, b)):
@@ -156,6 +255,8 @@ def _plain(node: Node) -> bool:
     match node:
         case Number() | Based():
             return True
+        case Quantity(value, _):
+            return _plain(value)
         case Apply("add" | "sub" | "mul" | "div" | "neg", args):
             return all(map(_plain, args))
     return False

@@ -12,7 +12,8 @@ from typing import Literal
 from heatbath.verify.answers.expressions import Words
 from heatbath.verify.answers.notation import plain_text
 from heatbath.verify.answers.reading import read
-from heatbath.verify.answers.symbols import FUNCTIONS, PERCENT, UNITS, UNITS_OF, RefusedError, UnreadableError
+from heatbath.verify.answers.symbols import FUNCTIONS, PERCENT, RefusedError, UnreadableError
+from heatbath.verify.answers.units import BASE, SCALES
 
 MAX_RAW = 200_000  # characters of the end of a completion that are read; the answer stands at its end
 MAX_CHARACTERS = 20_000  # of them after runs of spaces count as one
@@ -24,17 +25,42 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "latex": ("boxed", "stated", "formula"),
 }
 BOX = re.compile(r"(?<!\\)\\{1,4}(?:boxed|fbox)\b ?")
-ANCHOR = re.compile(r"(?:(?P<final>final )?\banswer|答案)(?:\s*+(?:\bis\b|\bare\b|[:=*为是])){1,6}+\s*+", re.IGNORECASE)
+ANCHOR = re.compile(
+    r"(?:(?P<final>final )?\banswers?|答案)(?:\s*+(?:\bis\b|\bare\b|[:=*为是])){1,6}+\s*+", re.IGNORECASE
+)
 LAST_ANCHORS = 5  # an anchor without an answer behind it is passed over, but not for ever
-UNIT = "|".join(sorted(map(re.escape, UNITS), key=len, reverse=True))
+UNIT = "|".join(sorted(map(re.escape, BASE), key=len, reverse=True))
 # A number that stands alone: no letter, digit, power or brace touches it (5x, 1e5 and 2^{10} hold none), but a
 # unit may; a minus after a digit or a bracket is a subtraction. Possessive, so that a long run of digits is read once.
 NUMBER = re.compile(
-    r"(?<![0-9A-Za-z_.^{\\/])(?:(?<![0-9)\]}] )(?<![)\]}])-)?(?:\\?\$ ?-?)?"
-    r"(?:[0-9]++(?:,[0-9]{3}(?![0-9]))*+(?:\.[0-9]++|,[0-9]++(?!,[0-9]))?+|\.[0-9]++)(?:/[0-9]++)?+"
-    rf"(?P<unit>(?:{UNIT})(?![A-Za-z])(?:\^\{{?[23]\}}?)?|\\?[%$])?(?![0-9A-Za-z_^{{/\\])"
+    r"(?<![0-9A-Za-z_.^{\\/])(?:(?<![0-9)\]}] )(?<![)\]}])-)?(?:(?:\\?\$|[€£¥]) ?-?)?"
+    r"(?:[0-9]++(?:,[0-9]{3}(?![0-9]))*+(?:\.[0-9]++|,[0-9]++(?!,[0-9]))?+|\.[0-9]++)(?: [0-9]++(?=/))?+(?:/[0-9]++)?+"
+    rf"(?P<unit>(?:{UNIT})(?![A-Za-z])(?:\^\{{?[23]\}}?)?|\\?[%$]|[€£¥])?"
+    rf"(?P<scale> (?:{'|'.join(SCALES)})\b)?(?![0-9A-Za-z_^{{/\\‰])"
 )
-WORDS_AFTER = re.compile(r"(?:[ %]+[A-Za-z%²³]++)*+[ .,;:!?]*+")
+WORDS_AFTER = re.compile(r"(?:[ %]+[A-Za-z%²³]++)*+[ .,;:!]*+")
+EXPLAINED = re.compile(r"[ *]*(?:\((?!mod)|;|, (?=[a-z])|,? (?:as|since|because|so|which|where|when|not)\b)")
+FILLER = re.compile(
+    r"(?:therefore|thus|simply|just|clearly|indeed|exactly|equal to|then|given by)[ ,:]+", re.IGNORECASE
+)
+# A number is not the answer of a sentence in which one of these stands right before or behind it, or which is denied.
+BEFORE = re.compile(
+    r"(?:[+*/^×÷(]|[0-9] ?:|[0-9)] ?-|(?:^|\s)- |\\?sqrt|\b(?:root|log|(?:percent|%) of|at least|at most|more than"
+    r"|less than|fewer than|greater than|over|under|[0-9.]+ (?:and|or)|negative|minus|not|never|cannot be|step|case"
+    r"|equation|question|problem|part|figure|table|option|line|page)|n't)\s*(?:the |equal to |be )*$",
+    re.IGNORECASE,
+)
+BEHIND = re.compile(
+    r"\)?\s*(?:[+*/^×÷?]|-\s*[0-9(])|\s*(?:is|was|are)?\s*(?:not|wrong|incorrect)\b|[^.;]{0,80}, [a-z]+ [a-z]"
+)
+DENIED = re.compile(
+    r"\b(?:wrong|incorrect|false|if|suppose|whether|mistaken)\b"
+    r"|(?:\bnot|n't|\bnever) (?:think|believe|sure|true|correct|right|the answer|say)",
+    re.IGNORECASE,
+)
+OPENING = re.compile(
+    r"[\s*_#>$]*(?:(?:so|thus|therefore|hence|then|and)[, ]+)?(?:the |my |our )?[\s*_]*", re.IGNORECASE
+)
 JOINT = re.compile(r"(?:(?:\\quad|\\qquad|\\[,;: ]|\\text\{|\\\(|\\\)|\\\[|\\\]|[\s$.{}]|[,;&+]|\band\b|\bor\b)\s*)*")
 JOINED_WORDS = re.compile(
     r"[\s$]*(?:\\text\{)?[\s\w()$\\]{0,30}(?:\band\b|\bor\b|[,;&])[\s$}]*(?:\\quad)?(?:[\\()]*\s*[A-Za-z]\w{0,3}\s*=)?[\s$]*"
@@ -46,15 +72,15 @@ FORMULA = re.compile(
 )
 PERCENT_BEHIND = re.compile(r"[$)\]}\\ ]{0,4}(?:\\?%|percent|pct)")
 NO_ANSWER = re.compile(r"(?:not|neither|unknown|unclear|wrong|correct|right|yet)\b", re.IGNORECASE)
-IN_PASSING = re.compile(r"[^.;]{0,80}, [a-z]+ [a-z]")
 GROUPED = re.compile(r"-?[0-9]{1,3}(?: [0-9]{3})+")
-WORDS_OF_FORMULAS = FUNCTIONS | set(UNITS_OF) | set(PERCENT) | {"and", "or", "pi", "infinity"}
+WORDS_OF_FORMULAS = FUNCTIONS | set(BASE) | set(PERCENT) | {"and", "or", "pi", "infinity"}
 MAX_PHRASE = 2_000
 TAKEN_BACK = re.compile(
     r"\b(?:not?|wrong|wait|incorrect|actually|mistake|instead|sorry|rather|should)\b", re.IGNORECASE
 )
 TAIL = re.compile(r"(?:<\|[a-z_]{1,20}\|>\s*[a-z]{0,10}|\s|I hope it is correct\.?)+\Z", re.IGNORECASE)
 THOUGHT = "</think>"
+SPACES = re.compile(r"[^\S\n]+")
 
 
 def extract(text: str, policy: Policy = "any") -> tuple[str | None, str]:
@@ -77,7 +103,8 @@ def extract(text: str, policy: Policy = "any") -> tuple[str | None, str]:
 
 def clean(text: str) -> str:
     """The end of a completion as the rules read it."""
-    text = plain_text(text[-MAX_RAW:].rpartition(THOUGHT)[2])[-MAX_CHARACTERS:]
+    text = SPACES.sub(" ", text[-MAX_RAW:].rpartition(THOUGHT)[2])[-MAX_CHARACTERS:]
+    text = plain_text(text)[-MAX_CHARACTERS:]  # one sign may become many
     return text[: match.start()] if (match := TAIL.search(text, max(0, len(text) - 200))) else text
 
 
@@ -93,7 +120,9 @@ def _boxed(text: str) -> str | None:
     if not boxes:
         return None
     for anchor in reversed(list(ANCHOR.finditer(text, boxes[-1][1]))[-LAST_ANCHORS:]):
-        if anchor["final"] and (found := _said(text, anchor.end())):
+        opening = text[max(0, anchor.start() - 60) : anchor.start()]
+        alone = OPENING.fullmatch(re.split(r"[.!?\n}]", opening)[-1])
+        if anchor["final"] and alone and (found := _said(text, anchor.end())) and _is_value(found):
             return found
     return _contents(text, boxes)
 
@@ -155,28 +184,39 @@ def _stated(text: str) -> str | None:
     if "answer" not in low and "答案" not in low:
         return None
     for anchor in reversed(list(ANCHOR.finditer(text))[-LAST_ANCHORS:]):
-        if found := _said(text, anchor.end()):
+        clause = re.split(r"[.!?\n]", text[max(0, anchor.start() - 80) : anchor.start()])[-1]
+        if not DENIED.search(clause) and (found := _said(text, anchor.end())):
             return found
     return None
 
 
 def _said(text: str, start: int) -> str | None:
     """The answer in what follows "answer is": its formulas, a number followed by nothing but words, else all of it."""
-    phrase = text[start : start + MAX_PHRASE].partition("\n")[0].strip(" \t*\"'`")
-    if not phrase or NO_ANSWER.match(phrase):
+    phrase = FILLER.sub("", text[start : start + MAX_PHRASE].partition("\n")[0].strip(" \t*\"'`"), count=1)
+    if not phrase or NO_ANSWER.match(phrase) or re.match(r"[^.!]{0,200}\?(?:\s|$)", phrase):
         return None
+    if (number := NUMBER.match(phrase)) and EXPLAINED.match(phrase, number.end()):
+        return _bare(number)
     if not phrase.startswith(("$", "\\(", "\\[")) and " is " in phrase:  # The largest $n$ is 34.
         phrase = phrase.rpartition(" is ")[2].lstrip()
     if spans := _formulas(phrase):
         return _contents(phrase, spans if spans[0][0] > 2 else _leading(phrase, spans))
-    phrase = phrase.split(". ")[0].rpartition("=")[2].strip(" \t*\"'`.")
+    phrase = phrase.split(". ")[0].rpartition("=")[2].strip(" \t*\"'`").rstrip(". *")
     number = NUMBER.match(phrase)
     if number and WORDS_AFTER.fullmatch(phrase, number.end()):
         return _bare(number)
-    numbers = list(NUMBER.finditer(phrase))
-    if len(numbers) == 1 and len(re.findall(r"[A-Za-z]{3,}", phrase)) > 2:  # Jane started 3 hours ago.
-        return _bare(numbers[0])
+    if len(re.findall(r"[A-Za-z]{3,}", phrase)) > 2 and len(NUMBER.findall(phrase)) == 1:
+        return _number_of(phrase)  # Jane started 3 hours ago.
     return phrase or None
+
+
+def _number_of(sentence: str) -> str | None:
+    """The last number of a sentence, where it stands alone and the sentence asserts it."""
+    number = list(NUMBER.finditer(sentence))[-1]
+    before, asserted = sentence[: number.start()], re.split(r"[.!?] ", sentence[: number.start()])[-1]
+    if BEFORE.search(before[-40:]) or BEHIND.match(sentence, number.end()) or DENIED.search(asserted):
+        return None
+    return _bare(number)
 
 
 def _leading(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -188,9 +228,11 @@ def _leading(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _bare(number: re.Match[str]) -> str:
-    unit = number["unit"] or ""
-    digits = number.group().removesuffix(unit).replace("\\$", "").replace("$", "").strip()
-    return digits if unit in ("", "$", "\\$") else f"{digits} {unit}"
+    """A number without the sign of a currency, with its unit and scale word apart."""
+    unit, scale = number["unit"] or "", number["scale"] or ""
+    digits = number.group().removesuffix(scale).removesuffix(unit)
+    digits = re.sub(r"\\?\$|[€£¥]", "", digits).strip()
+    return " ".join(part.strip() for part in (digits, scale, unit if unit not in ("$", "\\$") else "") if part.strip())
 
 
 def _formulas(text: str) -> list[tuple[int, int]]:
@@ -213,7 +255,7 @@ def _formula(text: str) -> str | None:
 
 def _final_line(text: str) -> str | None:
     """The last formula or number of the last line that has one. A number that another clause follows ("12, so I give
-    up") was said in passing."""
+    up") was said in passing, an operand (77 - 8) is no result."""
     spans = _formulas(text) if "$" in text or "\\" in text else []
     for start, line in _lines_from_the_end(text):
         numbers = list(NUMBER.finditer(line))
@@ -223,8 +265,7 @@ def _final_line(text: str) -> str | None:
         if _expression(line):
             return line.strip()
         if numbers:
-            passing = IN_PASSING.match(line, numbers[-1].end())
-            return None if passing else _bare(numbers[-1])
+            return _number_of(line)
     return None
 
 
@@ -245,8 +286,12 @@ def _expression(line: str) -> bool:
     runs = re.findall(r"(?<![A-Za-z\\])[A-Za-z]{2,}", re.sub(r"(?<=[0-9)])or(?=[A-Z(])", " ", line))
     if any(run.casefold() not in WORDS_OF_FORMULAS for run in runs):
         return False
+    return _is_value(line)
+
+
+def _is_value(text: str) -> bool:
     try:
-        return not isinstance(read(line), Words)
+        return not isinstance(read(text), Words)
     except (UnreadableError, RefusedError):
         return False
 

@@ -24,10 +24,10 @@ class MathGrader:
     """Grades completions against gold answers, `workers` at a time, each within `deadline` seconds of work.
 
     `profile`: `strict` compares exactly; `paper` accepts what the first GIFT paper's rewards accept (`paper.py`, then
-    Math-Verify on the whole response). For `strict`: `policy` names where an answer may stand (`extract.py`), `rules` what
-    counts as the same (`equality.py`), `finished` refuses plain arithmetic that nobody worked out, and `stages` are import
-    paths (`package.module:function`, `file.py:function`) of functions (gold, answer) -> True, False or None, asked in the
-    worker before Math-Verify about every answer that is not decided here.
+    Math-Verify on the whole response). For `strict`: `policy` names where an answer may stand (`extract.py`), `rules`
+    what counts as the same (`equality.py`), `finished` refuses plain arithmetic that nobody worked out, and `stages`
+    are import paths (`package.module:function`, `file.py:function`) of functions (gold, answer) -> True, False or None,
+    asked in the worker before Math-Verify about every answer that is not right so far.
     """
 
     def __init__(

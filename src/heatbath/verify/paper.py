@@ -1,8 +1,8 @@
 """The acceptance rules of the first GIFT paper's rewards, without evaluating text as Python.
 
-Its first stage are the rules published with OpenMathInstruct: an answer is right when its text is the gold's but for case,
-units and brackets, when its number is within 1e-4 of the gold's, of 100 times or of a hundredth of it, when every element
-of a tuple is, or when the difference of both is zero (arXiv 2601.09233, appendix D; facts: NeMo-Skills). They accept 500
+Its first stage are the rules published with OpenMathInstruct: an answer is right when its text is the gold's but for
+case, units and brackets, when its number is within 1e-4 of the gold's, of 100 times or of a hundredth of it, when every
+element of a tuple is, or when the difference of both is zero (arXiv 2601.09233; facts: NeMo-Skills). They accept 500
 for 5: `strict` is what heatbath trains with.
 """
 

@@ -171,11 +171,12 @@ class WorkerPool:
                 self._idle.remove(dead)  # somebody killed it while it waited: no task's fault
                 self._alive.discard(dead)
                 dead.end()
-            worker = next((w for w in self._idle if w.ready or w.look()), self._idle[0] if self._idle else None)
-            if worker is None:
-                worker = self._start()
-            else:
+            ready = [w for w in self._idle if w.ready or w.look()]
+            if ready or self._idle:
+                worker = max(ready or self._idle, key=lambda w: w.served)  # the one whose caches are warmest
                 self._idle.remove(worker)
+            else:
+                worker = self._start()
             call.granted -= 1
             return worker
 

@@ -60,7 +60,8 @@ class Worker:
         self._owner = os.getpid()
         self.ready = self.aside = self.low = False
         self.task: int | None = None
-        self.printed, self.tail = 0, b""
+        self.served = self.printed = 0
+        self.tail = b""
         self._inbox, self._outbox = bytearray(), memoryview(b"")
         source, self._to = os.pipe()
         self._from, sink = os.pipe()
@@ -101,6 +102,7 @@ class Worker:
     def begin(self, task: int, arguments: list[Any]) -> None:
         self._send(arguments)
         self.task, self.since = task, time.monotonic()
+        self.served += 1
         self.printed, self.tail = 0, b""
         self._flush()
 

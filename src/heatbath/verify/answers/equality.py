@@ -5,19 +5,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from heatbath.verify.answers import values
-from heatbath.verify.answers.expressions import Apply, Based, Chain, Group, Matrix, Node, Number, Quantity, Words
+from heatbath.verify.answers.expressions import Apply, Based, Chain, Group, Matrix, Name, Node, Number, Quantity, Words
 from heatbath.verify.answers.intervals import FLIPPED, Interval, is_region, region
-from heatbath.verify.answers.names import free_names, named_value, same_name
-from heatbath.verify.answers.symbols import UnreadableError
+from heatbath.verify.answers.names import assignments, bound, free_names, named_value, numbered, same_name
+from heatbath.verify.answers.symbols import RefusedError, UnreadableError
 from heatbath.verify.answers.values import Evaluation, mp, precise
 
-POINTS = 4  # two with positive variables, two with some negative
+POINTS = 8  # two with positive variables, then with signs that differ from letter to letter
+MOST_PAIRS = 1_000  # comparisons of the elements of two lists
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,19 @@ def same(gold: Node, answer: Node, rules: Rules = EXACT) -> bool | None:
     """Whether `answer` is `gold`; None where it cannot be told. Raises RefusedError for what is too large."""
     if gold == answer:
         return True
+    named = _same_assignments(gold, answer, rules)
+    if named is not None:
+        return named
     whole, whole_answer = gold, answer
     name, gold = named_value(gold)
     other, answer = named_value(answer)
     if (_equation(gold) and other is not None) or (_equation(answer) and name is not None):  # 2x + 4y = 3 and y = …
         return _same_relation(whole, whole_answer, rules)
-    if name is not None and other is not None and rules.same_variables and not same_name(name, other):
-        return False
-    gold, answer = _spread(gold), _spread(answer)
+    if name is not None and other is not None:
+        if rules.same_variables and not same_name(name, other):
+            return False
+        answer = bound(other, name, answer)
+    gold, answer = _spread(computed(gold)), _spread(computed(answer))
     if isinstance(gold, Words) or isinstance(answer, Words):
         return gold == answer
     if isinstance(gold, Based) or isinstance(answer, Based):
@@ -73,7 +80,7 @@ def _spread(node: Node) -> Node:
         node = Group(node.kind, items, node.ends, node.joint)
     elif _has_sign(node) and not isinstance(node, Group | Matrix):
         node = Group("list", tuple(_signs(node)))
-    if isinstance(node, Group) and len(node.items) == 1 and node.kind != "half":
+    if isinstance(node, Group) and len(node.items) == 1 and node.kind not in ("half", "set"):
         return node.items[0]
     return node
 
@@ -114,6 +121,49 @@ def _signed(node: Node, sign: int) -> Node:
     return node
 
 
+def computed(node: Node) -> Node:
+    """Sums and products of matrices as one matrix of sums and products."""
+    if not isinstance(node, Apply) or node.head not in ("add", "sub", "mul", "neg") or not _holds_matrix(node):
+        return node
+    parts = [computed(arg) for arg in node.args]
+    if len(parts) == 1 and isinstance(parts[0], Matrix):
+        return Matrix(tuple(tuple(Apply("neg", (cell,)) for cell in row) for row in parts[0].rows))
+    left, right = parts if len(parts) == 2 else (node, node)
+    if node.head == "mul":
+        return _product(left, right) or node
+    if isinstance(left, Matrix) and isinstance(right, Matrix) and _shape(left) == _shape(right):
+        rows = zip(left.rows, right.rows, strict=True)
+        return Matrix(tuple(tuple(Apply(node.head, pair) for pair in zip(*row, strict=True)) for row in rows))
+    return node
+
+
+def _product(left: Node, right: Node) -> Matrix | None:
+    if isinstance(left, Matrix) and isinstance(right, Matrix):
+        if len(left.rows[0]) != len(right.rows):
+            return None
+        columns = list(zip(*right.rows, strict=True))
+        return Matrix(tuple(tuple(_dot(row, column) for column in columns) for row in left.rows))
+    matrix, factor = (left, right) if isinstance(left, Matrix) else (right, left)
+    if not isinstance(matrix, Matrix) or _holds_group(factor):
+        return None
+    return Matrix(tuple(tuple(Apply("mul", (factor, cell)) for cell in row) for row in matrix.rows))
+
+
+def _dot(row: Sequence[Node], column: Sequence[Node]) -> Node:
+    return functools.reduce(
+        lambda total, term: Apply("add", (total, term)),
+        [Apply("mul", pair) for pair in zip(row, column, strict=True)],
+    )
+
+
+def _shape(matrix: Matrix) -> tuple[int, int]:
+    return len(matrix.rows), len(matrix.rows[0])
+
+
+def _holds_matrix(node: Node) -> bool:
+    return isinstance(node, Matrix) or (isinstance(node, Apply) and any(map(_holds_matrix, node.args)))
+
+
 def _same_group(gold: Node, answer: Node, rules: Rules) -> bool | None:
     if isinstance(gold, Matrix) and isinstance(answer, Matrix):
         if [len(row) for row in gold.rows] != [len(row) for row in answer.rows]:
@@ -129,6 +179,8 @@ def _same_group(gold: Node, answer: Node, rules: Rules) -> bool | None:
         return _same_set(golds, answers, rules)
     if "set" in kinds or (kinds == {"paren", "bracket"} and len(golds) == 2):
         return False
+    if "half" in kinds and (not isinstance(gold, Group) or not isinstance(answer, Group) or gold.ends != answer.ends):
+        return False
     if len(golds) != len(answers):
         return False
     return _all(same(g, a, rules) for g, a in zip(golds, answers, strict=True))
@@ -141,7 +193,8 @@ def _holds_group(node: Node) -> bool:
 
 def _undecided(gold: Node, answer: Node) -> bool:
     """Whether two things of several values may be the same after an operation that is not known here."""
-    return (isinstance(gold, Apply) or isinstance(answer, Apply)) and _holds_group(gold) and _holds_group(answer)
+    unknown = any(isinstance(node, Apply) and node.head not in ("cup", "cap", "setminus") for node in (gold, answer))
+    return unknown and _holds_group(gold) and _holds_group(answer)
 
 
 def _items(node: Node) -> tuple[str, Sequence[Node] | None]:
@@ -155,7 +208,11 @@ def _items(node: Node) -> tuple[str, Sequence[Node] | None]:
 
 
 def _same_set(golds: Sequence[Node], answers: Sequence[Node], rules: Rules) -> bool | None:
-    """Each of one side is one of the other; how often does not count."""
+    """Each of one side is one of the other. How often counts only where the gold answer repeats a value (2, 1, 1)."""
+    if len(golds) * len(answers) > MOST_PAIRS:
+        raise RefusedError(f"more than {MOST_PAIRS} pairs of elements")
+    if len(golds) != len(answers) and len(set(golds)) < len(golds):
+        return False
     table = [[same(g, a, rules) for a in answers] for g in golds]
     there = _all(_any(row) for row in table)
     back = _all(_any(row[i] for row in table) for i in range(len(answers)))
@@ -176,13 +233,15 @@ def _any(found: Any) -> bool | None:
 
 
 def _same_quantity(gold: Node, answer: Node, rules: Rules) -> bool | None:
+    """A unit counts where both sides have one; a percent and a bare number may be the same share or percent."""
     gold_unit, gold_value = (gold.unit, gold.value) if isinstance(gold, Quantity) else (None, gold)
     unit, value = (answer.unit, answer.value) if isinstance(answer, Quantity) else (None, answer)
-    if gold_unit and unit and gold_unit != unit:
+    if gold_unit and unit and gold_unit.differs(unit):
         return False
-    if "%" in (gold_unit, unit) and gold_unit != unit:
-        hundredth = Apply("div", (gold_value if gold_unit == "%" else value, Number(Fraction(100))))
-        pairs = [(gold_value, value), (hundredth, value) if gold_unit == "%" else (gold_value, hundredth)]
+    percents = [bool(u and u.is_percent) for u in (gold_unit, unit)]
+    if percents[0] != percents[1]:
+        hundredth = Apply("div", (gold_value if percents[0] else value, Number(Fraction(100))))
+        pairs = [(gold_value, value), (hundredth, value) if percents[0] else (gold_value, hundredth)]
         return _any(same(g, a, rules) for g, a in pairs)
     return same(gold_value, value, rules)
 
@@ -200,6 +259,8 @@ def _same_region(gold: Node, answer: Node, rules: Rules) -> bool | None:
     try:
         return _same_intervals(region(gold), region(answer), rules)
     except UnreadableError:
+        if isinstance(gold, Apply) and isinstance(answer, Apply) and gold.head == answer.head == "cup":
+            return _same_set(_parts(gold), _parts(answer), rules)
         if isinstance(gold, Chain) and isinstance(answer, Chain):
             return _same_relation(gold, answer, rules)
         if isinstance(gold, Group) and isinstance(answer, Group):
@@ -207,6 +268,12 @@ def _same_region(gold: Node, answer: Node, rules: Rules) -> bool | None:
                 return False
             return _all(same(g, a, rules) for g, a in zip(gold.items, answer.items, strict=True))
         return None if _undecided(gold, answer) else False
+
+
+def _parts(union: Node) -> list[Node]:
+    if isinstance(union, Apply) and union.head == "cup":
+        return [part for arg in union.args for part in _parts(arg)]
+    return [union]
 
 
 def _same_intervals(golds: list[Interval], answers: list[Interval], rules: Rules) -> bool:
@@ -218,6 +285,33 @@ def _same_intervals(golds: list[Interval], answers: list[Interval], rules: Rules
         and values.close(g.high, a.high, rules.decimals)
         for g, a in zip(golds, answers, strict=True)
     )
+
+
+def _same_assignments(gold: Node, answer: Node, rules: Rules) -> bool | None:
+    """x = 1, y = 2 by name against other names, by place against values without names; None where nothing is named."""
+    golds, answers = assignments(gold), assignments(answer)
+    if golds is None and answers is None:
+        return None
+    if golds is not None and answers is not None:
+        if len(golds) != len(answers):
+            return False
+        pairs = [[value for other, value in answers if same_name(name, other)] for name, _ in golds]
+        if all(len(found) == 1 for found in pairs):
+            return _all(same(value, found[0], rules) for (_, value), found in zip(golds, pairs, strict=True))
+        return False
+    pairs_of = golds if golds is not None else answers
+    assert pairs_of is not None
+    other = answer if golds is not None else gold
+    if isinstance(named_value(other)[0], Name):
+        return False
+    items = _items(other)[1]
+    if items is None or len(items) != len(pairs_of):
+        return False
+    values_named = Group("paren", tuple(value for _, value in pairs_of), "()")
+    if numbered([name for name, _ in pairs_of]):
+        values_named = Group("list", values_named.items)
+    rest = Group("paren", tuple(items), "()") if values_named.kind == "paren" else other
+    return same(values_named, rest, rules) if golds is not None else same(rest, values_named, rules)
 
 
 def _equation(node: Node) -> bool:
@@ -293,9 +387,9 @@ def _same_value(gold: Node, answer: Node, rules: Rules) -> bool | None:
             agree.append(values.close(a, b, rules.decimals))
         else:
             agree.append(values.same_number(a, b))
-        if point < 2 and not agree[-1]:
+        if not agree[-1]:
             return False
-    return True if all(agree) else None  # None: equal for positive variables only, as √(x²) and x
+    return True
 
 
 def _finite(value: Any) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, TypeGuard
+
+from heatbath.verify.answers.units import Unit
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Based:
 @dataclass(frozen=True)
 class Quantity:
     value: Node
-    unit: str
+    unit: Unit
 
 
 Node = Number | Name | Apply | Group | Matrix | Chain | Words | Based | Quantity
@@ -85,6 +87,8 @@ def signed(sign: str, node: Node) -> Node:
     """A value with the sign before it."""
     if sign == "+":
         return node
+    if isinstance(node, Number) and sign == "-":
+        return Number(-node.value, node.percent)
     if isinstance(node, Quantity):
         return Quantity(signed(sign, node.value), node.unit)
     if isinstance(node, Based) and sign == "-":
@@ -99,10 +103,12 @@ def is_integer(node: Node) -> bool:
 
 def is_proper_fraction(node: Node) -> bool:
     """a/b with 0 < a < b."""
-    match node:
-        case Apply("div", (Number(over), Number(under))):
-            return over.denominator == under.denominator == 1 and 0 < over < under
-    return False
+    return is_plain_fraction(node) and 0 < node.args[0].value < node.args[1].value
+
+
+def is_plain_fraction(node: Node) -> TypeGuard[Apply]:
+    """a/b of whole numbers."""
+    return isinstance(node, Apply) and node.head == "div" and all(map(is_integer, node.args))
 
 
 def is_constant(node: Node) -> bool:

@@ -46,7 +46,10 @@ def region(node: Node) -> list[Interval]:
     """The set of real numbers that `node` writes, as sorted intervals that do not touch. Raises UnreadableError."""
     match node:
         case Group("half" | "paren" | "bracket", (low, high), ends):
-            return _merged([Interval(_real(low), _real(high), ends[0] == "[", ends[1] == "]")])
+            found = Interval(_real(low), _real(high), ends[0] == "[", ends[1] == "]")
+            if not (found.low < found.high or (found.low == found.high and ends == "[]")):
+                raise UnreadableError("no interval")
+            return [found]
         case Group("set", items):
             points = [_real(item) for item in items]
             return _merged([Interval(p, p, True, True) for p in points])
@@ -77,7 +80,7 @@ def region(node: Node) -> list[Interval]:
 def _interval_chain(node: Chain) -> list[Interval] | None:
     """The values of the one name in 0 < x < 1, x ≥ 3, ≤ 3 or x ≠ 2; None for any other chain."""
     sides, signs = node.sides, node.signs
-    at = next((i for i, s in enumerate(sides) if s == Words("") or (is_name(s) and not isinstance(s, Words))), None)
+    at = next((i for i, s in enumerate(sides) if _bounded(s)), None)
     if at is None or len(sides) > 3 or (len(sides) == 3 and at != 1) or not set(signs) <= set(FLIPPED) - {"="}:
         return None
     found = [WHOLE]
@@ -97,6 +100,13 @@ def _interval_chain(node: Chain) -> list[Interval] | None:
     return _of_absolute(found) if isinstance(name := sides[at], Apply) and name.head == "abs" else found
 
 
+def _bounded(side: Node) -> bool:
+    """Whether a side of an inequality is what is bounded: a name, |x|, or nothing (≤ 3)."""
+    if isinstance(side, Words):
+        return side == Words("")
+    return is_name(side) or (isinstance(side, Apply) and side.head == "abs" and is_name(side.args[0]))
+
+
 def _of_absolute(intervals: list[Interval]) -> list[Interval]:
     """The x of which |x| lies in the intervals."""
     right = _common(intervals, [Interval(Fraction(0), WHOLE.high, True, False)])
@@ -107,7 +117,7 @@ def _real(node: Node) -> Fraction | float:
     """A bound: exact, or 45 digits of it, or ±∞."""
     if free_names(node):
         raise UnreadableError("a bound with a variable")
-    if isinstance(node, Quantity) and node.unit != "%":
+    if isinstance(node, Quantity) and not node.unit.is_percent:
         node = node.value
     value = values.real(Evaluation()(node))
     if isinstance(value, Fraction):

@@ -23,9 +23,13 @@ def named_value(node: Node) -> tuple[Node | None, Node]:
     if not set(signs) <= {"=", "approx", "in", "equiv"}:
         return None, node
     if is_name(sides[0]):
+        if signs[0] == "in" and not isinstance(sides[-1], Group | Apply | Name):
+            return None, node  # 5 is no set
         return sides[0], sides[-1]
     if len(sides) == 2 and free_names(sides[0]) == set() and isinstance(sides[1], Name) and is_name(sides[1]):
         return sides[1], sides[0]  # 3 = s
+    if len(sides) > 2 and not free_names(sides[-1]) and (inner := next(filter(is_name, sides), None)) is not None:
+        return inner, sides[-1]  # 2y = x = 4
     if not any(free_names(side) for side in sides):
         return None, sides[-1]  # 47 + 38 = 85
     return None, Chain(tuple(sides), tuple(signs))
@@ -49,7 +53,9 @@ def is_name(node: Node) -> bool:
             return bool(text)
         case Apply("mul", (a, b)):
             return _capitals(a) and _capitals(b)
-        case Apply("abs" | "overline" | "angle" | "triangle" | "widehat" | "vec" | "overrightarrow", (inner,)):
+        case Apply("abs", (inner,)):
+            return isinstance(inner, Apply) and _capitals(inner)  # |AB|, but |x| = 1 is an equation
+        case Apply("overline" | "angle" | "triangle" | "widehat" | "vec" | "overrightarrow", (inner,)):
             return is_name(inner)
         case Apply("ratio" | "div", args):
             return all(map(_capitals, args))
@@ -70,10 +76,57 @@ def _capitals(node: Node) -> bool:
 
 
 def same_name(a: Node, b: Node) -> bool:
-    """Names that may stand for the same; only a plain variable excludes another."""
-    if isinstance(a, Apply) and isinstance(b, Apply) and a.head.startswith("call "):
-        return a.head == b.head
+    """Names that may stand for the same: only a variable or a function excludes another."""
+    if isinstance(a, Apply) and isinstance(b, Apply) and a.head.startswith("call ") and b.head.startswith("call "):
+        variables = all(isinstance(arg, Name) for arg in (*a.args, *b.args)) and len(a.args) == len(b.args)
+        return a.head == b.head and (variables or a.args == b.args)
     return a == b or not (isinstance(a, Name) and isinstance(b, Name))
+
+
+def bound(name: Node, like: Node, value: Node) -> Node:
+    """`value` with the arguments of `name` called as those of `like`: f(t) = t² is f(x) = x²."""
+    if not (isinstance(name, Apply) and isinstance(like, Apply) and name.head == like.head and name.args != like.args):
+        return value
+    new: dict[str, Node] = {b.name: Name(b.name + "'") for b in like.args if isinstance(b, Name)}  # free in `value`
+    new |= {a.name: b for a, b in zip(name.args, like.args, strict=False) if isinstance(a, Name)}
+    return _renamed(value, new)
+
+
+def _renamed(node: Node, new: dict[str, Node]) -> Node:
+    match node:
+        case Name(name):
+            return new.get(name, node)
+        case Apply(head, args):
+            return Apply(head, tuple(_renamed(arg, new) for arg in args))
+        case Group(kind, items, ends, joint):
+            return Group(kind, tuple(_renamed(item, new) for item in items), ends, joint)
+        case Chain(sides, signs):
+            return Chain(tuple(_renamed(side, new) for side in sides), signs)
+    return node
+
+
+def assignments(node: Node) -> list[tuple[Node, Node]] | None:
+    """(name, value) of each part of x = 1, y = 2 or (x, y) = (1, 2); None for what does not give several names."""
+    if isinstance(node, Group) and node.kind in ("list", "paren") and node.joint != "or":
+        named = [named_value(item) for item in node.items]
+        pairs = [(name, value) for name, value in named if name is not None and not isinstance(name, Words)]
+        if len(pairs) == len(named) and len({_shown(name) for name, _ in pairs}) == len(pairs) > 1:
+            return pairs
+    name, value = named_value(node)
+    several = isinstance(name, Group) and isinstance(value, Group) and value.kind in ("paren", "list")
+    if several and len(name.items) == len(value.items):
+        return list(zip(name.items, value.items, strict=True))
+    return None
+
+
+def _shown(name: Node) -> str:
+    return repr(name)
+
+
+def numbered(names: list[Node]) -> bool:
+    """Whether names differ in their number only (x_1, x_2), so that which is which says nothing."""
+    letters = {name.name.partition("_")[0] for name in names if isinstance(name, Name) and "_" in name.name}
+    return len(letters) == 1 and all(isinstance(name, Name) for name in names)
 
 
 def free_names(node: Node) -> set[str]:

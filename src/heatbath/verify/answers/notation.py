@@ -44,9 +44,6 @@ SYMBOLS = {
     "⟩": ")",
     "。": ".",
     "、": ",",
-    "€": r"\$",
-    "£": r"\$",
-    "¥": r"\$",
     "µ": r"\mu ",
     "⌊": r"\lfloor ",
     "⌋": r"\rfloor ",
@@ -120,17 +117,32 @@ def plain_text(text: str) -> str:
 
 
 # Commands without meaning for a value; \left and \right go with them, the bracket behind them stays.
+SIZED = re.compile(
+    r"\\(?:left|right|middle|[bB]igg?[lrm]?) ?(?=[()\[\]|./<>]"
+    r"|\\(?:[{}|]|[lr]?(?:angle|floor|ceil|vert|Vert|brace|brack)))\.?"
+)
+COLOURED = re.compile(r"\\(?:text)?color ?\{[^{}]{0,30}\}")
 SILENT = re.compile(
-    r"\\(?:(?:left|right|[bB]igg?[lrm]?)(?= ?(?:[()\[\]|./<>]"
-    r"|\\(?:[{}|]|[lr]?(?:angle|floor|ceil|vert|Vert|brace|brack))))\.?"
-    r"|(?:displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut|boldsymbol|mathbf|mathit|mathsf|bf|rm|it|centering"
-    r"|hline)(?![A-Za-z]))"
+    r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut|boldsymbol|mathbf|mathit|mathsf|bf|rm|it|centering"
+    r"|hline|[tT]iny|[sS]mall|normalsize|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])"
 )
 SPACING = re.compile(r"(?<!\\)\\(?:[,;:!> ]|qquad|quad|hspace\{[^{}]{0,20}\}|enspace|thinspace)|~")
 MATH_MARKS = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])")
 GROUPED_DIGITS = re.compile(r"(?<=[0-9])(?: ?\{ ?, ?\}|,\\!|\\,|\\ ) ?(?=[0-9]{3}(?![0-9]))")
 COMMA_AS_POINT = re.compile(r"(?<=[0-9])\{,\}(?=[0-9])")
 TWICE_ESCAPED = re.compile(r"\\\\(?=[A-Za-z({\[\]})])")
+REPEATING = re.compile(r"([0-9]{0,20})\.([0-9]{0,20})\\(?:overline|bar|dot) ?(?:\{ ?([0-9]{1,20}) ?\}|([0-9]))")
+
+
+def _repeating(match: re.Match[str]) -> str:
+    """0.1\\overline{6} as the fraction it is."""
+    whole, once, several, single = match.groups()
+    again = several or single
+    nines, places = 10 ** len(again) - 1, 10 ** len(once)
+    over = int((whole + once) or "0") * nines + int(again)
+    return rf"\frac{{{over}}}{{{nines * places}}}"
+
+
 SAME = {
     "dfrac": "frac",
     "tfrac": "frac",
@@ -178,7 +190,8 @@ def latex(text: str) -> str:
     if "\\begin" not in text:
         text = TWICE_ESCAPED.sub(r"\\", text)
     text = COMMA_AS_POINT.sub(".", GROUPED_DIGITS.sub("", text))
-    text = SPACING.sub(" ", SILENT.sub(" ", MATH_MARKS.sub(" ", text)))
+    text = SILENT.sub(" ", SIZED.sub("", COLOURED.sub(" ", MATH_MARKS.sub(" ", text))))
+    text = REPEATING.sub(_repeating, SPACING.sub(" ", text))
     return collapse(SPACE.sub(" ", text).strip(' `"*'))
 
 

@@ -7,6 +7,7 @@ raises `UnreadableError`; what no answer needs (depth, length) raises `RefusedEr
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
 from heatbath.verify.answers.expressions import (
@@ -20,8 +21,8 @@ from heatbath.verify.answers.expressions import (
     Number,
     Quantity,
     Words,
-    is_constant,
     is_integer,
+    is_plain_fraction,
     is_proper_fraction,
     listed,
     signed,
@@ -30,49 +31,42 @@ from heatbath.verify.answers.notation import GREEK, letters
 from heatbath.verify.answers.symbols import (
     FUNCTIONS,
     MAX_DEPTH,
-    UNITS,
     RefusedError,
     Token,
     UnreadableError,
-    unit_name,
 )
+from heatbath.verify.answers.tokens import Tokens
+from heatbath.verify.answers.units import CURRENCIES, Unit
 
 RELATIONS = frozenset(["=", "<", ">", "le", "ge", "ne", "approx", "in", "equiv", "sim", "cong", "simeq"])
 CLOSERS = frozenset([")", "]", "\\}", "}", "|", "rfloor", "rceil", "&", "\\\\", "end"])
 
+# What computer algebra knows and the trees here have no place for.
+UNREAD = {
+    "sum",
+    "prod",
+    "int",
+    "iint",
+    "oint",
+    "lim",
+    "to",
+    "pmod",
+    "bmod",
+    "mod",
+    "circ",
+    "end",
+    "partial",
+    "det",
+    "cases",
+}
 
-class Parser:
+
+class Parser(Tokens):
     """Recursive descent over the tokens; the depth is counted, every token is read a bounded number of times."""
 
     def __init__(self, tokens: list[Token]):
-        self.tokens, self.at, self.depth = tokens, 0, 0
-
-    @property
-    def kind(self) -> str:
-        return self.tokens[self.at].kind if self.at < len(self.tokens) else ""
-
-    @property
-    def text(self) -> str:
-        return self.tokens[self.at].text if self.at < len(self.tokens) else ""
-
-    def spaced(self) -> bool:
-        return self.at < len(self.tokens) and self.tokens[self.at].spaced
-
-    def next(self) -> Token:
-        if self.at >= len(self.tokens):
-            raise UnreadableError("it ends too early")
-        self.at += 1
-        return self.tokens[self.at - 1]
-
-    def take(self, kind: str) -> bool:
-        if self.kind == kind:
-            self.at += 1
-            return True
-        return False
-
-    def need(self, kind: str) -> None:
-        if not self.take(kind):
-            raise UnreadableError(f"{kind} expected, not {self.text!r}")
+        super().__init__(tokens)
+        self.depth = 0
 
     def answer(self) -> Node:
         found = self.listed(stop="")
@@ -160,12 +154,14 @@ class Parser:
             elif self.kind in ("/", "div"):
                 self.at += 1
                 found = Apply("div", (found, self.signed_power()))
-            elif (unit := self.unit(found)) is not None:
-                found = Quantity(found, unit)
+            elif (quantity := self.quantity(found)) is not None:
+                found = quantity
             elif self.starts_value() or (self.kind == "number" and self.tokens[self.at - 1].kind == ")"):
                 following = self.power()
                 if is_integer(found) and is_proper_fraction(following):
                     found = Apply("mixed", (found, following))
+                elif is_integer(found) and isinstance(following, Apply) and is_plain_fraction(following):
+                    raise UnreadableError("a number beside a fraction above one")
                 else:
                     found = Apply("mul", (found, following))
             elif self.spaced() and is_integer(found) and self.kind == "number":
@@ -196,6 +192,8 @@ class Parser:
 
     def running_words(self) -> str | None:
         """A run of words up to the next separator, where a value would start."""
+        if self.at and self.tokens[self.at - 1].kind in ("+", "-", "*", "/", "cdot", "times", "{", "pm", "mp"):
+            return None
         if self.kind != "text" and not (self.kind == "letters" and len(self.text) > 2 and self._in_text()):
             return None
         parts = []
@@ -205,51 +203,13 @@ class Parser:
 
     def _in_text(self) -> bool:
         following = self.tokens[self.at + 1 : self.at + 2]
-        return not following or following[0].kind in ("letters", "text", "joint", "=") or self.text[1:].islower()
-
-    def unit(self, value: Node) -> str | None:
-        """The unit behind a value, with its power; None where what follows is no unit."""
-        if self.kind == "\\$" or self.kind == "$":
-            self.at += 1
-            return "dollar"
-        if self.kind == "%":
-            self.at += 1
-            return "%"
-        if self.kind == "^" and self.at + 1 < len(self.tokens):
-            inner = [t.kind for t in self.tokens[self.at + 1 : self.at + 4]]
-            if inner[0] == "circ" or inner[:3] == ["{", "circ", "}"]:
-                self.at += 2 if inner[0] == "circ" else 4
-                if self.kind == "letters" and self.text in ("C", "F"):
-                    return f"degree {self.next().text}"
-                return "degree"
-        if self.kind == "text" or (self.kind == "letters" and self._letters_are_unit(value)):
-            parts = []
-            while self.kind in ("text", "letters", "/") or (parts and self.kind == "^"):
-                if self.take("^"):
-                    braced = self.take("{")
-                    parts.append("^" + self.next().text)
-                    if braced:
-                        self.need("}")
-                else:
-                    parts.append(self.next().text)
-            return unit_name(" ".join(parts))
-        return None
-
-    def _letters_are_unit(self, value: Node) -> bool:
-        if isinstance(value, Name | Quantity) or not is_constant(value):
-            return False
-        if self.text in UNITS and len(self.text) > 1:
-            return True
-        if self.text in UNITS and self.spaced():  # 5 m is metres at the end of an answer only
-            following = self.tokens[self.at + 1 : self.at + 2]
-            return not following or following[0].kind in ("joint", "^")
-        return len(self.text) > 2 and self.spaced()
+        return not following or following[0].kind in ("letters", "text", "joint", "=")
 
     def power(self) -> Node:
         found = self.atom()
         while True:
             if self.take("!"):
-                found = Apply("factorial", (found,))
+                found = self.factorial(found)
             elif self.kind == "'" and isinstance(found, Name):
                 self.at += 1
                 found = Name(found.name + "'")
@@ -260,22 +220,30 @@ class Parser:
                 return found
 
     def _after_power(self, found: Node) -> Node:
-        while self.take("!"):
-            found = Apply("factorial", (found,))
-        return found
+        return self.factorial(found) if self.take("!") else found
 
-    def _degrees(self) -> bool:
-        inner = [t.kind for t in self.tokens[self.at + 1 : self.at + 3]]
-        return inner[:1] == ["circ"] or inner == ["{", "circ"]
+    def factorial(self, found: Node) -> Node:
+        if self.kind == "!":
+            raise UnreadableError("a double factorial")
+        return Apply("factorial", (found,))
 
     def exponent(self) -> Node:
         """What is raised: a braced group, or in plain text a signed value with its own power (2^-99, 2^3^2)."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise RefusedError(f"nested deeper than {MAX_DEPTH}")
-        found = self.signed_power()
+        if self.kind == "letters" and len(self.text) > 1 and self.text.casefold() not in FUNCTIONS:
+            found = self.first_letter()
+        else:
+            found = self.signed_power()
         self.depth -= 1
         return found
+
+    def first_letter(self) -> Name:
+        """a^nb is a^n times b: without braces one letter is raised, or lowered."""
+        letters_run = self.tokens[self.at]
+        self.tokens[self.at] = Token("letters", letters_run.text[1:], False)
+        return Name(letters_run.text[0])
 
     def argument(self) -> Node:
         """The argument of a command: a group in braces, or one digit or letter."""
@@ -313,29 +281,28 @@ class Parser:
             case "infty" | "pi" | "emptyset":
                 return Name(token.kind)
             case "overline" | "bar" | "hat" | "vec" | "angle" | "triangle" | "widehat" | "overrightarrow":
-                return Apply(token.kind, (self.argument(),))
+                return Apply(token.kind, (Name(self.next().text) if self.kind == "letters" else self.argument(),))
             case "mathbb":
                 return Name(f"mathbb {_text_of(self.argument())}")
-            case "\\$" | "$":
-                return Quantity(self.power(), "dollar")
             case "%":
                 raise UnreadableError("a percent sign without a number")
+        if token.kind in CURRENCIES:
+            return Quantity(self.signed_power(), Unit(((CURRENCIES[token.kind], 1),)))
         if token.kind in FUNCTIONS:
             return self.function(token.kind)
         if token.kind.casefold() in GREEK:
             return self.subscripted(token.kind)
+        if token.kind.isalpha() and token.kind not in UNREAD and token.kind not in ("text", "joint"):
+            return self.subscripted(token.kind)  # a command that nobody knows is a name of its own
         raise UnreadableError(f"{token.text!r} is not known")
 
     def after_digits(self, token: Token) -> Node:
         if self.kind == "_":
             self.at += 1
             base = self.atom()
-            if isinstance(base, Number) and base.value.denominator == 1 and token.text.isdigit():
+            if isinstance(base, Number) and base.value.denominator == 1 and re.fullmatch(r"[0-9.]+", token.text):
                 return Based(token.text.lstrip("0") or "0", int(base.value))
             raise UnreadableError("a subscript to a number")
-        if self.kind in ("overline", "bar", "dot") and "." in token.text:  # 0.1\overline{6}
-            self.at += 1
-            return _repeating(token.text, self.argument())
         number = _number(token)
         return Number(number.value, percent=True) if self.take("%") else number
 
@@ -356,6 +323,8 @@ class Parser:
     def subscripted(self, name: str) -> Name:
         if not self.take("_"):
             return Name(name)
+        if self.kind == "letters" and len(self.text) > 1:
+            return Name(f"{name}_{self.first_letter().name}")
         start = self.at
         if self.take("{"):
             while self.kind not in ("}", ""):
@@ -425,8 +394,7 @@ class Parser:
             inner = self.power()
         else:
             inner = self.signed_power()
-            if (unit := self.unit(inner)) is not None:
-                inner = Quantity(inner, unit)
+            inner = self.quantity(inner) or inner
             while (
                 self.starts_value() and self.kind not in FUNCTIONS and not self._names_function() and self.kind != "("
             ):
@@ -479,14 +447,6 @@ def _number(token: Token) -> Number:
     if len(exponent) > 5:
         raise RefusedError("an exponent of more than four digits")
     return Number(Fraction(mantissa) * Fraction(10) ** int(exponent or 0))
-
-
-def _repeating(text: str, repeated: Node) -> Number:
-    digits = _text_of(repeated)
-    if not digits.isdigit():
-        raise UnreadableError("a repeated part that is no number")
-    places = len(text.partition(".")[2])
-    return Number(Fraction(text) + Fraction(int(digits), (10 ** len(digits) - 1) * 10**places))
 
 
 def _text_of(node: Node) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from heatbath.verify.answers.expressions import Node, Words
+from heatbath.verify.answers.expressions import Name, Node, Words
 from heatbath.verify.answers.notation import GREEK, latex, letters
 from heatbath.verify.answers.parser import Parser
 from heatbath.verify.answers.symbols import (
@@ -17,6 +17,10 @@ from heatbath.verify.answers.symbols import (
     lex,
 )
 
+BUILDER = re.compile(r"\\\{ ?[a-zA-Z](?: ?\\in ?\\mathbb ?\{?[RZN]\}?)? ?(?:\||\\mid|\\vert|:) ?(.{1,200}) ?\\\}")
+SETS = dict.fromkeys(("no solution", "no solutions", "empty set"), Name("emptyset"))
+SETS |= dict.fromkeys(("all real numbers", "all reals", "real numbers"), Name("mathbb R"))
+
 
 def read(text: str) -> Node:
     """The tree of an answer. Raises UnreadableError or RefusedError."""
@@ -26,18 +30,26 @@ def read(text: str) -> Node:
     text = text.rstrip(".,;: ").removeprefix("= ").strip()
     if not text:
         raise UnreadableError("empty")
+    if match := BUILDER.fullmatch(text):  # {x | x > 3}
+        text = match.group(1)
     return words(text) or Parser(lex(text)).answer()
 
 
-def words(text: str) -> Words | None:
+def _is_word(run: str) -> bool:
+    return (len(run) > 2 and run[:-1] not in FUNCTIONS) or not run.isascii()
+
+
+def words(text: str) -> Words | Name | None:
     """`text` as words, unless it may be mathematics."""
-    bare = letters(text)
+    bare = re.sub(r"^(?:the|an?) (?=[a-z]{3})", "", letters(text))
+    if bare in SETS:
+        return SETS[bare]
     if not WORDS_ONLY.fullmatch(bare):
         return None
     known = {"and", "or", "pi", "infty", "infinity", *FUNCTIONS, *GREEK}
     runs = re.findall(r"[^\W\d_]+", bare)
     # A word of mathematics (a command that is no style) is not one of a text.
     commands = set(re.findall(r"\\([A-Za-z]+)", text)) - STYLES
-    if commands or not any((len(run) > 2 or not run.isascii()) and run not in known for run in runs):
+    if commands or not any(_is_word(run) and run not in known for run in runs):
         return Words(bare) if bare == "no" else None
     return Words(bare)

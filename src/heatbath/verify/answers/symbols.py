@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from heatbath.verify.answers.notation import GREEK, SAME, letters
+from heatbath.verify.answers.notation import GREEK, SAME
+from heatbath.verify.answers.units import BASE, UnreadableError
 
 MAX_CHARACTERS = 1_000
 MAX_TOKENS = 600
@@ -13,110 +14,23 @@ MAX_DEPTH = 40
 MAX_DIGITS = 400
 
 
-class UnreadableError(ValueError):
-    """The text is no answer in a notation known here."""
-
-
 class RefusedError(ValueError):
     """The text asks for more than any answer needs."""
 
 
-FUNCTIONS = frozenset(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "sinh",
-        "cosh",
-        "tanh",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "asin",
-        "acos",
-        "atan",
-        "ln",
-        "log",
-        "exp",
-        "sqrt",
-        "lg",
-    ]
-)
-STYLES = frozenset(
-    [
-        "text",
-        "textbf",
-        "textit",
-        "textrm",
-        "textnormal",
-        "textsf",
-        "texttt",
-        "mathrm",
-        "mathbf",
-        "mathit",
-        "mbox",
-        "operatorname",
-        "rm",
-        "emph",
-        "hbox",
-        "mathsf",
-        "underline",
-    ]
-)
+FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "arcsin", "arccos", "arctan"}
+FUNCTIONS |= {"asin", "acos", "atan", "ln", "log", "lg", "exp", "sqrt"}
+STYLES = {"text", "textbf", "textit", "textrm", "textnormal", "textsf", "texttt", "mathrm", "mathbf", "mathit", "mbox"}
+STYLES |= {"operatorname", "rm", "emph", "hbox", "mathsf", "underline", "bm"}
 TOKEN = re.compile(
     r"(?P<number>[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+(?![0-9A-Za-z]))?|\.[0-9]+)"
     r"|(?P<command>\\[A-Za-z]+)|(?P<escaped>\\.)|(?P<letters>[A-Za-z]+)|(?P<operator><=|>=|!=|==|\*\*|:=)"
     r"|(?P<space> )|(?P<sign>.)",
     re.DOTALL,
 )
-THOUSANDS = re.compile(r"[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?:\.[0-9]+)?(?![0-9]|[, ][0-9])")
+THOUSANDS = re.compile(r"[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?:\.[0-9]+)?(?![0-9/]|[, ][0-9])")
 OPERATORS = {"<=": "le", ">=": "ge", "!=": "ne", "==": "=", ":=": "=", "**": "^"}
 WORDS_ONLY = re.compile(r"[^\W\d_]+(?:[ ',./()\-]+[^\W\d_]+)*[ .!]*")
-# Units are told apart from variables and, where both sides have one, from each other. Currency signs are dollars.
-UNITS = {
-    alias: names.split()[0]
-    for names in (
-        "cm centimeter centimeters centimetre centimetres",
-        "mm millimeter millimeters millimetre millimetres",
-        "km kilometer kilometers kilometre kilometres",
-        "meter m meters metre metres",
-        "in inch inches",
-        "ft foot feet",
-        "yd yard yards",
-        "mi mile miles",
-        "kg kilogram kilograms",
-        "mg milligram milligrams",
-        "gram g grams",
-        "lb lbs pound pounds",
-        "oz ounce ounces",
-        "second s sec secs seconds",
-        "minute min mins minutes",
-        "hour h hr hrs hours",
-        "day days",
-        "week weeks",
-        "month months",
-        "year years yr yrs",
-        "ml milliliter milliliters",
-        "liter L liters litre litres",
-        "mph",
-        "kph",
-        "dollar dollars usd euro euros",
-        "cent cents",
-        "degree degrees deg",
-        "radian radians rad",
-        "hz",
-        "joule J joules",
-        "newton N newtons",
-        "watt W watts",
-        "volt V volts",
-        "kelvin K",
-    )
-    for alias in names.split()
-}
-UNITS_OF = {alias.casefold(): name for alias, name in UNITS.items()}
 PERCENT = ("%", "percent", "pct", "percentage", "per cent")
 
 
@@ -176,8 +90,10 @@ def _command(text: str, name: str, position: int, spaced: bool, tokens: list[Tok
         elif low in PERCENT:
             tokens.append(Token("%", "%", spaced))
         elif len(inner.strip("() .")) == 1 and inner.strip("() .").isalnum():
-            tokens.extend(lex(inner.strip("() .")))
-        elif inner and re.fullmatch(r"[0-9.,]+", inner):
+            letter = inner.strip("() .")
+            behind = bool(tokens) and tokens[-1].kind in ("number", ")", "}", "/", "text")
+            tokens.extend([Token("text", letter, spaced)] if behind and letter in BASE else lex(letter))
+        elif inner and re.match(r"[-+]?[0-9.]", inner):
             tokens.extend(lex(inner))
         elif inner:
             tokens.append(Token("text", inner, spaced))
@@ -200,6 +116,9 @@ def _letters(run: str, spaced: bool, tokens: list[Token]) -> None:
         tokens.append(Token("%", "%", spaced))
     elif low in FUNCTIONS or low in GREEK:
         tokens.append(Token(low, low, spaced))
+    elif run[:-1] in FUNCTIONS and run[-1] in "xyztabn":  # sinx
+        tokens.append(Token(run[:-1], run[:-1], spaced))
+        tokens.append(Token("letters", run[-1], False))
     elif low in ("infinity", "inf"):
         tokens.append(Token("infty", "infty", spaced))
     else:
@@ -217,14 +136,3 @@ def _closing(text: str, start: int) -> int:
         if depth == 0:
             return position
     raise UnreadableError("a brace that does not close")
-
-
-def unit_name(text: str) -> str:
-    """A unit by one name; words that are no unit by themselves (7 days of work) by none."""
-    bare = letters(text)
-    if bare in PERCENT:
-        return "%"
-    parts = bare.replace("square ", "").replace("cubic ", "").replace(" units", "").split()
-    power = "^2" if "square" in bare or "^2" in bare else "^3" if "cubic" in bare or "^3" in bare else ""
-    known = [UNITS_OF[part.partition("^")[0]] for part in parts if part.partition("^")[0] in UNITS_OF]
-    return " ".join(known) + power if known else ""

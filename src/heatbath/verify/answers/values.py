@@ -1,4 +1,4 @@
-"""The value of an expression: an exact fraction where it has one, else a number of 60 digits.
+"""The value of an expression: an exact fraction where it has one, else a number of 160 digits.
 
 Every operation is bounded before it is made: a power, factorial or binomial of more than `MAX_BITS` bits raises
 `RefusedError`. Variables get values; two expressions that agree at several unrelated points are taken as equal.
@@ -20,7 +20,8 @@ from heatbath.verify.answers.symbols import RefusedError, UnreadableError
 MAX_BITS = 200_000  # of one exact number
 BUDGET = 2_000_000  # bits of all numbers of one expression
 MAX_FACTORIAL = 5_000
-DIGITS = 60
+DIGITS = 160
+MOST_EXACT = 10**40  # denominator of a fraction that may equal a number known to DIGITS digits
 
 Value = Fraction | Any  # Any: an mpmath number, which has no types
 
@@ -43,9 +44,9 @@ class Evaluation:
                 return self._named(name)
             case Apply(head, args):
                 return self._kept(self._applied(head, args))
-            case Quantity(value, "degree"):
+            case Quantity(value, unit) if unit.is_degree:
                 return self(value)
-            case Quantity(value, "%"):
+            case Quantity(value, unit) if unit.is_percent:
                 return self(value) / 100
         raise UnreadableError("not a number")
 
@@ -55,6 +56,8 @@ class Evaluation:
             self.bits += bits
             if bits > MAX_BITS or self.bits > BUDGET:
                 raise RefusedError("a number of more digits than any answer needs")
+        elif precise.isfinite(value) and value != 0 and abs(precise.mag(value)) > MAX_BITS:
+            raise RefusedError("a number of more digits than any answer needs")
         return value
 
     def _named(self, name: str) -> Value:
@@ -89,9 +92,11 @@ class Evaluation:
 
     def _arithmetic(self, head: str, values: list[Value]) -> Value:
         a, b = values[0], values[-1]
+        if head == "neg":
+            return -a
+        if not all(isinstance(value, Fraction) or precise.isfinite(value) for value in values):
+            raise UnreadableError("arithmetic with infinity")
         match head:
-            case "neg":
-                return -a
             case "add" | "mixed":
                 return _sum(a, b)
             case "sub":
@@ -119,14 +124,16 @@ class Evaluation:
         raise UnreadableError(head)
 
     def _angle(self, node: Node) -> Value:
-        if isinstance(node, Quantity) and node.unit.startswith("degree"):
+        if isinstance(node, Quantity) and node.unit.is_degree:
             return mp(self(node.value)) * precise.pi / 180
         return self(node)
 
     def _function(self, head: str, values: list[Value]) -> Value:
         x = mp(values[0])
-        if head in TRIGONOMETRIC and abs(x) > 1e40:
-            raise RefusedError("the sine of a number of more than 40 digits")
+        if not precise.isfinite(x):
+            raise UnreadableError("a function of infinity")
+        if abs(x) > (MAX_BITS if head in ("sinh", "cosh", "tanh") else 1e40) or 0 < abs(x) < 1e-40:
+            raise RefusedError(f"{head} of a number that no answer needs")
         if head == "exp":
             return _power(+precise.e, x)
         if head in ("log", "ln", "lg"):
@@ -159,10 +166,12 @@ ARITHMETIC = frozenset(
 
 
 def _at(name: str, point: int) -> Fraction:
-    """A value for a variable at a point: positive at the points 0 and 1, negative for half the names at the others."""
+    """A value for a variable at a point: positive at 0 and 1, negative at 2; at the others the bits of the name's first
+    letter decide, so that any two letters differ in sign somewhere."""
     digest = hashlib.blake2b(f"{name}\0{point}".encode(), digest_size=8).digest()
     value = Fraction(int.from_bytes(digest[:3]) + 2**20, 2**22 + 2 * int.from_bytes(digest[3:5]) + 1)
-    return -value if point > 1 and digest[5] % 2 else value
+    negative = point == 2 or (point > 2 and ord(name[0]) >> (point - 3) & 1)
+    return -value if negative else value
 
 
 def mp(value: Value) -> Any:
@@ -175,10 +184,11 @@ def _sum(a: Value, b: Value) -> Value:
     total = a + b if type(a) is type(b) else mp(a) + mp(b)
     if isinstance(total, Fraction):
         return total
+    x, y = abs(mp(a)), abs(mp(b))
+    if 0 < min(x, y) < max(x, y) * precise.mpf(10) ** (40 - DIGITS):
+        raise RefusedError("a sum of numbers too different in size for any answer")
     # What cancels to less than the last digits is zero: √2·√2 − 2.
-    if abs(total) <= abs(mp(a)) * precise.mpf(10) ** (8 - DIGITS):
-        return Fraction(0)
-    return total
+    return Fraction(0) if abs(total) <= x * precise.mpf(10) ** (8 - DIGITS) else total
 
 
 def _natural(value: Value) -> bool:
@@ -203,6 +213,8 @@ def _gamma(value: Value) -> Any:
 
 
 def _rounded(value: Value, up: bool) -> Fraction:
+    if not isinstance(value, Fraction) and abs(value) > 1e100:
+        raise RefusedError("the whole part of a number of more than 100 digits")
     exact = value if isinstance(value, Fraction) else Fraction(precise.nstr(real(value), DIGITS - 10))
     return Fraction(math.ceil(exact) if up else math.floor(exact))
 
@@ -222,6 +234,9 @@ def _power(base: Value, exponent: Value) -> Value:
         return Fraction(0)
     if not (precise.isfinite(x) and precise.isfinite(y)):
         raise UnreadableError("a power of infinity")
+    if isinstance(exponent, Fraction) and exponent.denominator % 2 and precise.im(x) == 0 and precise.re(x) < 0:
+        power = precise.power(-precise.re(x), y)  # the real root of an odd degree: (-8)^{1/3} is -2
+        return -power if exponent.numerator % 2 else power
     if abs(y) > 1e9 or abs(y * precise.log(abs(x))) > MAX_BITS:
         raise RefusedError("a power of more digits than any answer needs")
     return precise.power(x, y)
@@ -246,6 +261,8 @@ def _root(value: Value, degree: Value) -> Value:
     x = mp(value)
     if x == 0:
         return Fraction(0)
+    if n % 2 and precise.im(x) == 0 and precise.re(x) < 0:
+        return -precise.root(-precise.re(x), n)
     return precise.sqrt(x) if n == 2 else precise.power(x, precise.mpf(1) / n)
 
 
@@ -263,6 +280,8 @@ def same_number(a: Value, b: Value) -> bool:
     """Equal: exactly where both are exact, else to all but the last digits."""
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
+    if any(isinstance(value, Fraction) and value.denominator > MOST_EXACT for value in (a, b)):
+        return False  # 150 digits of π are not π
     x, y = mp(a), mp(b)
     if not (precise.isfinite(x) and precise.isfinite(y)):
         return bool(x == y)

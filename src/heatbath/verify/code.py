@@ -1,0 +1,494 @@
+"""Verdicts on model-written programs: run in a sandbox, compared here, on plain data.
+
+The program is run with the inputs only. What it returns arrives as numbers, texts and containers of them, and is
+compared with values that were never in its sandbox. Its own comparisons, exit code and output prove nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import threading
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, cast
+
+from heatbath.verify import sandbox
+from heatbath.verify.code_tests import (
+    Assertion,
+    Assertions,
+    BadGoldError,
+    FunctionTests,
+    Streams,
+    Tests,
+    read_tests,
+)
+from heatbath.verify.inside import decode, encode
+from heatbath.verify.sandbox import BUBBLEWRAP, LEVELS, UNISOLATED, Limits, Outcome, available
+from heatbath.verify.verdict import Status, Verdict
+
+__all__ = ["BUBBLEWRAP", "UNISOLATED", "CodeGrader", "Program", "available", "find_programs"]
+
+MAX_COMPLETION = 200_000  # characters
+SHOWN = 400  # characters of a program in its verdict
+REFERENCE_SECONDS = 60.0  # for the solution that computes expected values; also the most a program may get
+REFERENCE_FACTOR = 4.0  # a program may take this many times what the reference took, where the deadline is less
+REFERENCE_BYTES = 512 << 20  # of its results: HumanEval/15 has 140 MiB of them
+OUTPUT_FACTOR = 2  # a program may write this many times what the reference's results take, beside the usual limit
+KEPT_PROBLEMS = 4096  # whose expected values are kept
+STARVED = 0.9  # a program that timed out with less than this share of its deadline in processor time is tried again
+_LANGUAGES = ("python", "python3", "py")
+_CPU_SIGNAL = 24
+
+
+# The program in a completion -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One reading of a completion: `source` is what is run, `text` the model's part of it."""
+
+    source: str
+    text: str
+    rule: str
+    marked: bool = True  # as code; else text that does not compile is no answer
+
+
+def find_programs(completion: str, prompt: str = "", names: Sequence[str] = ()) -> list[Program]:
+    """Readings in order of preference: the first that compiles is the program; none is no answer.
+
+    The last fenced Python block (of those that define one of `names`, if any does), after `prompt` and alone; before it
+    an indented start, which continues `prompt`; where no block is, the whole text if it defines one of `names`.
+    """
+    if not completion.strip():
+        return []
+    blocks, preamble = _blocks(completion)
+    defining = [block for block in blocks if _defines(block[1], names)]
+    found = []
+    first = next(line for line in completion.splitlines() if line.strip())
+    if prompt and first[0].isspace():
+        parts = dict.fromkeys((completion, _until(completion, lambda line: not line[0].isspace())))
+        found += [Program(f"{prompt}{part}", part, "continues the prompt", False) for part in parts]
+    if preamble.strip():  # the prompt ended with an open fence
+        found += [Program(f"{prompt}\n{preamble}", preamble, "up to the closing fence")] if prompt else []
+        found.append(Program(preamble, preamble, "up to the closing fence"))
+    for rule, text in (defining or blocks)[-1:]:
+        found += [Program(f"{prompt}\n{text}", text, rule)] if prompt else []
+        found.append(Program(text, text, rule))
+    if not blocks and (not names or _defines(completion, names)):
+        found.append(Program(completion, completion, "whole text", False))
+    return found
+
+
+def _defines(text: str, names: Sequence[str]) -> bool:
+    return any(re.search(rf"^\s*(?:(?:async\s+)?def|class)\s+{name}\b|^{name}\s*=", text, re.M) for name in names)
+
+
+def _until(text: str, stop: Callable[[str], bool]) -> str:
+    """The lines before the first that `stop` says, of those that are not blank."""
+    lines = text.splitlines(keepends=True)
+    return "".join(lines[: next((i for i, line in enumerate(lines) if line.strip() and stop(line)), len(lines))])
+
+
+def _blocks(completion: str) -> tuple[list[tuple[str, str]], str]:
+    """Rule and text of the fenced blocks that may be Python, and the text before a first fence that only closes.
+
+    Blocks named Python come before unnamed ones, and closed ones before one that has no end.
+    """
+    closed, fence, language, lines, unpaired = list[tuple[str, str]](), "", "", list[str](), False
+    for line in completion.splitlines(keepends=True):
+        mark = line.strip()
+        run = mark[: len(mark) - len(mark.lstrip(mark[0]))] if mark[:3] in ("```", "~~~") else ""
+        info = mark[len(run) :].strip(" {}.").lower().split(" ")[0]
+        if fence and run.startswith(fence) and not info:
+            closed.append((language, "".join(lines)))
+            fence = ""
+        elif run and (not fence or (info and not language)):  # in an unnamed block a named fence opens: it was an end
+            unpaired = unpaired or (bool(fence) and not closed)
+            fence, language, lines = run, info, []
+        else:
+            lines.append(line)
+    unpaired = unpaired or (bool(fence) and not closed and not language)
+    preamble = _until(completion, lambda line: line.strip()[:3] in ("```", "~~~")) if unpaired else ""
+    named = [("last Python block", text) for language, text in closed if language in _LANGUAGES]
+    unnamed = [("last block", text) for language, text in closed if not language]
+    endless = [("last block, which has no end", "".join(lines))] if fence and language in ("", *_LANGUAGES) else []
+    return named or unnamed or endless, preamble
+
+
+# What a run says -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Values:
+    """The plain values one child produced, or what was made of each, in order; and why there is not one more."""
+
+    values: tuple[Any, ...] = ()
+    ran: bool = False  # a child was started
+    source: int | None = None  # which of the job's sources it compiled
+    loaded: bool = False
+    failure: tuple[Status, str] | None = None
+    seconds: float = 0.0
+
+
+def _same_value(_: int, value: Any) -> Any:
+    return value
+
+
+def _values(outcome: Outcome, count: int, take: Callable[[int, Any], Any] = _same_value) -> _Values:
+    """What a call or eval job left, each value passed through `take` (place, value) as it is decoded.
+
+    Forged records are only data: the worst of them is a wrong value.
+    """
+    if not outcome.cases:
+        return _Values(failure=_lost(outcome))
+    case = outcome.cases[0]
+    values, source, loaded, said = list[Any](), None, False, None
+    for line in case.results.splitlines()[: count + 3]:
+        try:
+            record = json.loads(line)
+            if record[0] == "value" and record[1] == len(values):
+                values.append(take(len(values), decode(record[2])))
+            elif record[0] == "program":
+                source = source if source is not None else int(record[1])
+            elif record[0] != "loaded":
+                said = _complaint(record)
+                break
+            loaded = loaded or record[0] == "loaded"
+        except (ValueError, TypeError, LookupError, RecursionError):
+            said = ("wrong", "unreadable results")
+            break
+    failure = None
+    if len(values) != count or not outcome.complete or (case.how, case.code) != ("exit", 0):
+        failure = _violent_end(outcome, case) or said or ("wrong", f"it ended early (exit code {case.code})")
+    return _Values(tuple(values), True, source, loaded, failure, case.seconds)
+
+
+def _complaint(record: list[Any]) -> tuple[Status, str]:
+    """Of the record with which a child ended early."""
+    kind, *rest = record
+    if kind == "unreadable":
+        return "wrong", f"it does not compile: {str(rest[0])[:120]}"
+    if kind == "odd":
+        return "wrong", f"not plain data, but {str(rest[1])[:120]}"
+    if kind == "error":
+        name, text = str(rest[1])[:60], str(rest[2])[:120]
+        return (
+            ("crashed", "out of memory") if name == "MemoryError" else ("wrong", f"raised {name}: {text}".rstrip(": "))
+        )
+    return "wrong", "unreadable results"
+
+
+def _lost(outcome: Outcome) -> tuple[Status, str]:
+    if outcome.refusal:
+        return "refused", outcome.refusal
+    return ("timeout", "the sandbox did not end in time") if outcome.late else ("crashed", "the sandbox was killed")
+
+
+def _violent_end(outcome: Outcome, case: sandbox.Case) -> tuple[Status, str] | None:
+    """None for a process that ended by itself."""
+    if case.how == "deadline" or (case.how, case.code) == ("signal", _CPU_SIGNAL):
+        return "timeout", f"no end within {case.seconds:.3g} s, {case.cpu_seconds:.2g} s of them computing"
+    if case.how == "memory":
+        return "crashed", "out of memory"
+    if case.how == "output":
+        return "refused", "too much output"
+    if case.how == "signal":
+        return "crashed", f"killed by signal {case.code}"
+    return None if outcome.complete else _lost(outcome)
+
+
+# The grader ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Expected:
+    """Expected values: the gold's, or the results of its reference, kept compressed and decoded one at a time."""
+
+    values: tuple[Any, ...] = ()
+    packed: bytes = b""
+    size: int = 0
+    seconds: float = 0.0
+    failure: tuple[Status, str] | None = None
+
+    def each(self) -> Iterator[Any]:
+        yield from self.values
+        for line in zlib.decompress(self.packed).splitlines() if self.packed else ():
+            record = json.loads(line)
+            if record[0] == "value":
+                yield decode(record[2])
+
+
+class CodeGrader:
+    """Grades programs, `workers` at a time, from any thread, event loop or forked process; may be pickled.
+
+    `deadline` is wall seconds for all tests of one program; it becomes four times what the reference took where that is
+    more. A program that the deadline ended while it waited for a processor is tried once more, alone.
+    """
+
+    def __init__(
+        self, *, workers: int = 2, deadline: float = 10.0, isolation: str = BUBBLEWRAP, memory_gib: float = 2.0
+    ) -> None:
+        if isolation not in LEVELS:
+            raise ValueError(available(isolation))
+        if workers < 1 or not 0 < deadline <= REFERENCE_SECONDS or memory_gib < 0.1:
+            raise ValueError(f"workers >= 1, 0 < deadline <= {REFERENCE_SECONDS:g} s and memory_gib >= 0.1 are needed")
+        self.workers, self.deadline, self.isolation, self.memory_gib = workers, deadline, isolation, memory_gib
+        self._fresh()
+
+    def grade(self, completions: Sequence[str], golds: Sequence[Mapping[str, Any] | str]) -> list[Verdict]:
+        """A verdict for each completion, in order; no process it started goes on after that."""
+        if len(completions) != len(golds):
+            raise ValueError(f"{len(completions)} completions, but {len(golds)} golds")
+        if self._pid != os.getpid():  # forked: the locks may be held by threads that are not here
+            self._fresh()
+        tests = {id(gold): _read(gold) for gold in golds}  # once for all completions of a group
+        with ThreadPoolExecutor(max_workers=max(1, min(self.workers, len(golds)))) as pool:
+            return list(pool.map(self._grade, completions, [tests[id(gold)] for gold in golds]))
+
+    def close(self) -> None:
+        """Forgets the expected values; between calls of `grade` there is no process to end."""
+        self._fresh()
+
+    def __enter__(self) -> CodeGrader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if not key.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self._pid, self._gate, self._lock = os.getpid(), _Gate(self.workers), threading.Lock()
+        self._kept: OrderedDict[str, Future[_Expected]] = OrderedDict()
+
+    def _grade(self, completion: str, tests: Tests | str) -> Verdict:
+        began = time.perf_counter()
+        text = ""
+        if isinstance(tests, str):
+            status, rule = "bad_gold", tests
+        elif not isinstance(completion, str) or len(completion) > MAX_COMPLETION:
+            status, rule = "refused", f"the completion is not a text of at most {MAX_COMPLETION} characters"
+        else:
+            status, rule, text = self._decide(completion, tests)
+        return Verdict(cast(Status, status), text[:SHOWN] or None, rule, time.perf_counter() - began)
+
+    def _decide(self, completion: str, tests: Tests) -> tuple[str, str, str]:
+        prompt = tests.prompt if isinstance(tests, FunctionTests) else ""
+        programs = find_programs(completion, prompt, tests.names)
+        if not programs:
+            return "no_answer", "no code", ""
+        sources = [program.source for program in programs]
+        if isinstance(tests, FunctionTests):
+            status, rule, run = self._function(sources, tests)
+        elif isinstance(tests, Assertions):
+            status, rule, run = self._assertions(sources, tests)
+        else:
+            status, rule, run = self._streams(sources, tests)
+        if run.ran and run.source is None and status == "wrong" and not any(program.marked for program in programs):
+            return "no_answer", "no code", ""
+        source = -1 if run.source is None else min(max(run.source, 0), len(programs) - 1)
+        program = programs[source]  # the index is the program's word, and serves only to show its text
+        return status, f"{_SHORT[self.isolation]}: {rule} ({program.rule})", program.text
+
+    # Each of the three returns the status, the rule, and what the (first) process of the program left.
+
+    def _function(self, sources: Sequence[str], tests: FunctionTests) -> tuple[str, str, _Values]:
+        expected = self._expected(tests)
+        if expected.failure:
+            return *expected.failure, _Values()
+        job = {"mode": "call", "sources": sources, "entry_point": tests.entry_point, "defines": tests.names}
+        job |= {"inputs": tests.inputs, "reduce": tests.reduce}
+        outcome = self._run(job, REFERENCE_FACTOR * expected.seconds, OUTPUT_FACTOR * expected.size)
+        right = expected.each()
+        run = _values(outcome, len(tests.inputs), lambda i, value: tests.agrees(i, value, next(right)))
+        status, rule = _report("input", run.values, len(tests.inputs), run.failure, run.loaded)
+        return status, rule + (f", rule: {tests.rule}" if tests.rule else ""), run
+
+    def _assertions(self, sources: Sequence[str], tests: Assertions) -> tuple[str, str, _Values]:
+        calls = [call for item in tests.items for call in item.calls]
+        truths = all(item.literal and item.literal[0] == "truth" for item in tests.items)
+        job = {"mode": "eval", "sources": sources, "defines": tests.names, "setup": tests.setup}
+        job |= {"expressions": calls, "reduce": "truth" if truths else ""}
+        run = _values(self._run(job), len(calls))
+        flags, at, left = list[bool | None](), 0, list[tuple[Assertion, tuple[Any, ...]]]()
+        for item in tests.items:
+            values = run.values[at : at + len(item.calls)]
+            at += len(item.calls)
+            if len(values) < len(item.calls):
+                break
+            flags.append(item.agrees(values[0], tests.atol) if item.literal else None)
+            left += [] if item.literal else [(item, values)]
+        if left and False not in flags:
+            judged = self._judge(left, tests)
+            if judged.failure and (judged.failure[0] != "wrong" or not judged.loaded):
+                status = "bad_gold" if not judged.loaded and judged.failure[0] == "wrong" else judged.failure[0]
+                return status, f"the assertions alone: {judged.failure[1]}", run
+            answers = iter([*judged.values, *[False] * len(left)])
+            flags = [next(answers) is True if flag is None else flag for flag in flags]
+        return *_report("assertion", flags, len(tests.items), run.failure, run.loaded), run
+
+    def _judge(self, left: Sequence[tuple[Assertion, tuple[Any, ...]]], tests: Assertions) -> _Values:
+        """The truth of what remains of assertions, with the program's values put in: in a sandbox without it."""
+        names: dict[str, Any] = {}
+        expressions = []
+        for row, (item, values) in enumerate(left):
+            own = {f"_{i}": f"_{row}_{i}" for i in range(len(values))}
+            names |= {name: encode(value) for name, value in zip(own.values(), values, strict=True)}
+            expressions.append(f"(lambda {', '.join(own)}: bool({item.remainder}))({', '.join(own.values())})")
+        source = "\n".join([*(f"import {module}" for module in tests.modules), *tests.setup])
+        job = {"mode": "eval", "sources": [source], "names": names, "expressions": expressions}
+        return _values(self._run(job), len(expressions))
+
+    def _streams(self, sources: Sequence[str], tests: Streams) -> tuple[str, str, _Values]:
+        outcome = self._run({"mode": "stdin", "sources": sources, "stdin": tests.stdin})
+        flags, failure = list[bool](), None
+        ends = [_values(dataclasses.replace(outcome, cases=(case,)), 0) for case in outcome.cases]
+        for case, end, text in zip(outcome.cases, ends, tests.stdout, strict=False):
+            if (case.how, case.code) != ("exit", 0):
+                failure = end.failure
+                break
+            flags.append(same_text(case.output.decode("utf-8", "replace"), text, tests.atol))
+        if failure is None and (len(flags) < len(tests.stdin) or not outcome.complete):
+            failure = _lost(outcome)
+        return *_report("case", flags, len(tests.stdin), failure, bool(outcome.cases)), (ends or [_Values()])[0]
+
+    def _expected(self, tests: FunctionTests) -> _Expected:
+        """What the gold says, or what its reference returns: computed once, and kept."""
+        if tests.outputs is not None:
+            return _Expected(tests.outputs)
+        with self._lock:
+            kept, own = self._kept, Future[_Expected]()
+            future = kept.setdefault(tests.key, own)
+            kept.move_to_end(tests.key)
+            while len(kept) > KEPT_PROBLEMS:
+                kept.popitem(last=False)
+        if future is own:
+            try:
+                own.set_result(self._compute(tests))
+            except BaseException as error:
+                own.set_exception(error)
+                raise
+            finally:
+                if own.exception() or (own.result().failure or ("",))[0] == "refused":
+                    with self._lock:
+                        kept.pop(tests.key, None)
+        return future.result()
+
+    def _compute(self, tests: FunctionTests) -> _Expected:
+        job = {"mode": "call", "sources": [tests.reference], "entry_point": tests.entry_point}
+        job |= {"inputs": tests.inputs, "reduce": tests.reduce}
+        outcome = self._run(job, REFERENCE_SECONDS, REFERENCE_BYTES)
+        run = _values(outcome, len(tests.inputs), lambda _, value: None)
+        if run.failure is None:
+            results = outcome.cases[0].results
+            return _Expected(packed=zlib.compress(results, 1), size=len(results), seconds=run.seconds)
+        status, reason = run.failure
+        if status == "refused" and not run.ran:
+            return _Expected(failure=("refused", reason))
+        return _Expected(failure=("bad_gold", f"the reference, input {len(run.values) + 1}: {reason}"))
+
+    def _run(self, job: Mapping[str, Any], seconds: float = 0.0, more_output: int = 0) -> Outcome:
+        """In its turn; and once more, alone, if it timed out without having had the processor for that time."""
+        seconds = min(REFERENCE_SECONDS, max(self.deadline, seconds))
+        limits = Limits(seconds, self.memory_gib, Limits.output_bytes + more_output)
+        with self._gate.shared():
+            outcome = sandbox.run(job, limits, self.isolation)
+        computed = sum(case.cpu_seconds for case in outcome.cases)
+        timed_out = outcome.late or any(case.how == "deadline" for case in outcome.cases)
+        if timed_out and computed < STARVED * seconds:
+            with self._gate.alone():
+                outcome = sandbox.run(job, limits, self.isolation)
+        return outcome
+
+
+_SHORT = {BUBBLEWRAP: "bubblewrap", UNISOLATED: "not isolated"}
+
+
+class _Gate:
+    """Lets `width` programs run at a time, or one alone."""
+
+    def __init__(self, width: int) -> None:
+        self._width, self._running, self._waiting = width, 0, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._running < self._width and not self._waiting)
+            self._running += 1
+        try:
+            yield
+        finally:
+            self._leave(1)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._waiting += 1
+            self._changed.wait_for(lambda: self._running == 0)
+            self._waiting -= 1
+            self._running += self._width
+        try:
+            yield
+        finally:
+            self._leave(self._width)
+
+    def _leave(self, count: int) -> None:
+        with self._changed:
+            self._running -= count
+            self._changed.notify_all()
+
+
+def _read(gold: Mapping[str, Any] | str) -> Tests | str:
+    """The tests, or why there are none."""
+    try:
+        return read_tests(gold)
+    except BadGoldError as error:
+        return str(error)
+
+
+def _report(
+    unit: str, flags: Sequence[bool | None], total: int, failure: tuple[Status, str] | None, loaded: bool
+) -> tuple[str, str]:
+    """Status and rule from the tests that gave a value, in order (None: not judged), and what ended the run."""
+    count = f"{sum(flag is True for flag in flags)} of {total} {unit}s right"
+    if False in flags:
+        return "wrong", f"{count}; {unit} {flags.index(False) + 1}: wrong value"
+    if failure is None:
+        return "right", count
+    status, reason = failure
+    if status == "refused" and not flags and not loaded:
+        return status, reason
+    return status, f"{count}; {f'{unit} {len(flags) + 1}' if loaded else 'before the first'}: {reason}"
+
+
+def same_text(output: str, expected: str, atol: float = 0.0) -> bool:
+    """Line by line, words compared; blank lines at the end do not count. With `atol`, two numbers may differ by it."""
+    got, wanted = ([line.split() for line in text.rstrip().splitlines()] for text in (output, expected))
+    return len(got) == len(wanted) and all(
+        len(line) == len(other)
+        and all(a == b or (atol > 0 and _near(a, b, atol)) for a, b in zip(line, other, strict=True))
+        for line, other in zip(got, wanted, strict=True)
+    )
+
+
+def _near(word: str, expected: str, atol: float) -> bool:
+    try:
+        return abs(float(word) - float(expected)) <= atol
+    except ValueError:
+        return False
