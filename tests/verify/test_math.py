@@ -123,7 +123,7 @@ def test_the_paper_profile_accepts_what_the_paper_does() -> None:
 
 
 def test_unknown_settings_are_named() -> None:
-    with pytest.raises(RunError, match="(?s)no profile .lenient.*profiles: strict, paper"):
+    with pytest.raises(RunError, match=r"(?s)no profile .lenient.*profiles: strict, paper"):
         MathGrader(profile="lenient")  # type: ignore[arg-type]
 
 

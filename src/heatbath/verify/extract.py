@@ -61,7 +61,7 @@ DENIED = re.compile(
 OPENING = re.compile(
     r"[\s*_#>$]*(?:(?:so|thus|therefore|hence|then|and)[, ]+)?(?:the |my |our )?[\s*_]*", re.IGNORECASE
 )
-JOINT = re.compile(r"(?:(?:\\quad|\\qquad|\\[,;: ]|\\text\{|\\\(|\\\)|\\\[|\\\]|[\s$.{}]|[,;&+]|\band\b|\bor\b)\s*)*")
+JOINT = re.compile(r"(?:\\q?quad|\\[,;: ]|\\text\{|\\[()\[\]]|[\s$.{},;&+]|\band\b|\bor\b)*+")
 JOINED_WORDS = re.compile(
     r"[\s$]*(?:\\text\{)?[\s\w()$\\]{0,30}(?:\band\b|\bor\b|[,;&])[\s$}]*(?:\\quad)?(?:[\\()]*\s*[A-Za-z]\w{0,3}\s*=)?[\s$]*"
 )
@@ -78,7 +78,7 @@ MAX_PHRASE = 2_000
 TAKEN_BACK = re.compile(
     r"\b(?:not?|wrong|wait|incorrect|actually|mistake|instead|sorry|rather|should)\b", re.IGNORECASE
 )
-TAIL = re.compile(r"(?:<\|[a-z_]{1,20}\|>\s*[a-z]{0,10}|\s|I hope it is correct\.?)+\Z", re.IGNORECASE)
+TAIL = re.compile(r"(?:<\|[a-z_]{1,20}\|>\s*+[a-z]{0,10}+|\s|I hope it is correct\.?)++\Z", re.IGNORECASE)
 THOUGHT = "</think>"
 SPACES = re.compile(r"[^\S\n]+")
 

@@ -342,10 +342,13 @@ class _Runner:
         for descriptor in pipes:
             os.set_blocking(descriptor, False)
             poll.register(descriptor, select.POLLIN)
+        poll.register(1, 0)  # says when nobody listens any more: the caller was killed
         looked = 0.0
         while True:
             for descriptor, _ in poll.poll(POLL_MS if open_pipes else 1):
-                if not self._relay(descriptor, open_pipes[descriptor]):
+                if descriptor == 1:
+                    self.ends_at = 0.0
+                elif not self._relay(descriptor, open_pipes[descriptor]):
                     poll.unregister(descriptor)
                     del open_pipes[descriptor]
             ended, status, usage = os.wait4(pid, os.WNOHANG)

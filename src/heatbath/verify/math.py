@@ -95,6 +95,8 @@ class MathGrader:
         if expected is None:
             return Verdict("bad_gold", None, "none")
         answer = last_boxed(clean(completion))
+        if answer and len(answer) > paper.MAX_ANSWER * 2:
+            return Verdict("refused", _shown(answer), "boxed+too long")
         try:
             if answer and paper.accepts(expected.text, answer):
                 return Verdict("right", _shown(answer), "boxed+paper")

@@ -119,3 +119,19 @@ def is_constant(node: Node) -> bool:
         case Apply(_, args):
             return all(map(is_constant, args))
     return isinstance(node, Number)
+
+
+def depth(node: Node) -> int:
+    """How deep a tree is; found without recursion."""
+    deepest, waiting = 0, [(node, 1)]
+    while waiting:
+        found, level = waiting.pop()
+        deepest = max(deepest, level)
+        match found:
+            case Apply(_, parts) | Group(_, parts) | Chain(parts, _):
+                waiting += [(part, level + 1) for part in parts]
+            case Matrix(rows):
+                waiting += [(cell, level + 1) for row in rows for cell in row]
+            case Quantity(value, _):
+                waiting.append((value, level + 1))
+    return deepest

@@ -202,9 +202,9 @@ def collapse(text: str) -> str:
     pairs: dict[int, int] = {}
     opened: list[int] = []
     for position, character in enumerate(text):
-        if character in "{(":
+        if character in "{([":
             opened.append(position)
-        elif character in "})" and opened:
+        elif character in "})]" and opened:
             start = opened.pop()
             if text[start] + character in ("{}", "()"):
                 pairs[start] = position

@@ -38,6 +38,7 @@ from heatbath.verify.answers.symbols import (
 from heatbath.verify.answers.tokens import Tokens
 from heatbath.verify.answers.units import CURRENCIES, Unit
 
+SIGNS = ("+", "-", "pm", "mp")
 RELATIONS = frozenset(["=", "<", ">", "le", "ge", "ne", "approx", "in", "equiv", "sim", "cong", "simeq"])
 CLOSERS = frozenset([")", "]", "\\}", "}", "|", "rfloor", "rceil", "&", "\\\\", "end"])
 
@@ -78,7 +79,7 @@ class Parser(Tokens):
         """Values between commas, semicolons, "and" and "or", up to the token `stop`, which is left."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise RefusedError(f"nested deeper than {MAX_DEPTH}")
+            raise RefusedError("nested deeper than any answer")
         rows: list[list[Node]] = [[]]
         joints: set[str] = set()
         while self.kind != stop:
@@ -124,22 +125,19 @@ class Parser(Tokens):
     def sum(self) -> Node:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise RefusedError(f"nested deeper than {MAX_DEPTH}")
-        found: Node | None = None
-        while True:
-            if found is not None and self.kind not in ("+", "-", "pm", "mp"):
-                break
-            sign = self.next().kind if self.kind in ("+", "-", "pm", "mp") else "+"
-            term = self.term()
-            if found is None:
-                found = term if sign == "+" else signed(sign, term)
-            else:
-                found = Apply({"+": "add", "-": "sub"}.get(sign, sign), (found, term))
-        self.depth -= 1
-        return found
+            raise RefusedError("nested deeper than any answer")
+        sign = self.next().kind if self.kind in SIGNS else "+"
+        found = signed(sign, self.term())
+        for _ in range(MAX_DEPTH):
+            if self.kind not in SIGNS:
+                self.depth -= 1
+                return found
+            sign = self.next().kind
+            found = Apply({"+": "add", "-": "sub"}.get(sign, sign), (found, self.term()))
+        raise RefusedError(f"a sum of more than {MAX_DEPTH} terms")
 
     def term(self) -> Node:
-        if self.kind in ("+", "-", "pm", "mp"):  # 3 \cdot -2
+        if self.kind in SIGNS:  # 3 \cdot -2
             return signed(self.next().kind, self.term_without_sign())
         return self.term_without_sign()
 
@@ -147,7 +145,7 @@ class Parser(Tokens):
         if (text := self.running_words()) is not None:
             return Words(text)
         found = self.power()
-        while True:
+        for _ in range(MAX_DEPTH):
             if self.kind in ("*", "cdot", "times"):
                 self.at += 1
                 found = Apply("mul", (found, self.signed_power()))
@@ -157,10 +155,11 @@ class Parser(Tokens):
             elif (quantity := self.quantity(found)) is not None:
                 found = quantity
             elif self.starts_value() or (self.kind == "number" and self.tokens[self.at - 1].kind == ")"):
+                beside = self.kind == "frac" and self.tokens[self.at - 1].kind == "number" and is_integer(found)
                 following = self.power()
-                if is_integer(found) and is_proper_fraction(following):
+                if beside and is_proper_fraction(following):
                     found = Apply("mixed", (found, following))
-                elif is_integer(found) and isinstance(following, Apply) and is_plain_fraction(following):
+                elif beside and is_plain_fraction(following):
                     raise UnreadableError("a number beside a fraction above one")
                 else:
                     found = Apply("mul", (found, following))
@@ -168,6 +167,7 @@ class Parser(Tokens):
                 found = self.mixed(found)
             else:
                 return found
+        raise RefusedError(f"a product of more than {MAX_DEPTH} factors")
 
     def mixed(self, whole: Node) -> Node:
         """3 1/2 is three and a half; two numbers side by side are otherwise no value."""
@@ -188,7 +188,7 @@ class Parser(Tokens):
     def starts_value(self) -> bool:
         if self.kind in ("|", "joint", "text", "%", "", "^", "_", "!", ":", "*", "/", "number", "div", "times", "cdot"):
             return False
-        return self.kind not in CLOSERS | RELATIONS | {"+", "-", "pm", "mp", "cup", "cap", "setminus", "'", "circ"}
+        return self.kind not in CLOSERS | RELATIONS | {*SIGNS, "cup", "cap", "setminus", "'", "circ"}
 
     def running_words(self) -> str | None:
         """A run of words up to the next separator, where a value would start."""
@@ -206,7 +206,14 @@ class Parser(Tokens):
         return not following or following[0].kind in ("letters", "text", "joint", "=")
 
     def power(self) -> Node:
-        found = self.atom()
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise RefusedError("nested deeper than any answer")
+        found = self.with_powers(self.atom())
+        self.depth -= 1
+        return found
+
+    def with_powers(self, found: Node) -> Node:
         while True:
             if self.take("!"):
                 found = self.factorial(found)
@@ -231,7 +238,7 @@ class Parser(Tokens):
         """What is raised: a braced group, or in plain text a signed value with its own power (2^-99, 2^3^2)."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise RefusedError(f"nested deeper than {MAX_DEPTH}")
+            raise RefusedError("nested deeper than any answer")
         if self.kind == "letters" and len(self.text) > 1 and self.text.casefold() not in FUNCTIONS:
             found = self.first_letter()
         else:
@@ -310,14 +317,17 @@ class Parser(Tokens):
         """Letters side by side are variables to be multiplied; the last may have a subscript or an argument."""
         if token.text.casefold() in FUNCTIONS:
             return self.function(token.text.casefold())
-        *before, last = token.text
-        found: Node = self.subscripted(last)
-        if last in "fghFGHWP" and not before and self.kind == "(" and not self.spaced():
+        first, others = token.text[0], token.text[1:]
+        if others:  # only the last letter of a run takes a power, a subscript or an argument
+            self.at -= 1
+            self.tokens[self.at] = Token("letters", others, False)
+            return Name(first)
+        found = self.subscripted(first)
+        alone = self.at < 2 or self.tokens[self.at - 2].kind != "letters"
+        if first in "fghFGHWP" and alone and self.kind == "(" and not self.spaced():
             self.at += 1
             inner = self.group("(")
-            found = Apply(f"call {_text_of(found)}", inner.items if isinstance(inner, Group) else (inner,))
-        for letter in reversed(before):
-            found = Apply("mul", (Name(letter), found))
+            return Apply(f"call {_text_of(found)}", inner.items if isinstance(inner, Group) else (inner,))
         return found
 
     def subscripted(self, name: str) -> Name:
@@ -453,6 +463,6 @@ def _text_of(node: Node) -> str:
     match node:
         case Name(name):
             return name
-        case Number(value) if value.denominator == 1:
+        case Number(value) if value.denominator == 1 and abs(value) < 10**6:
             return str(value.numerator)
     raise UnreadableError("a name expected")

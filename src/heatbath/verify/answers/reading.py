@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 
-from heatbath.verify.answers.expressions import Name, Node, Words
+from heatbath.verify.answers.expressions import Name, Node, Words, depth
 from heatbath.verify.answers.notation import GREEK, latex, letters
 from heatbath.verify.answers.parser import Parser
 from heatbath.verify.answers.symbols import (
     FUNCTIONS,
     MAX_CHARACTERS,
+    MAX_DEPTH,
     STYLES,
     WORDS_ONLY,
     RefusedError,
@@ -32,7 +33,10 @@ def read(text: str) -> Node:
         raise UnreadableError("empty")
     if match := BUILDER.fullmatch(text):  # {x | x > 3}
         text = match.group(1)
-    return words(text) or Parser(lex(text)).answer()
+    found = words(text) or Parser(lex(text)).answer()
+    if depth(found) > MAX_DEPTH:
+        raise RefusedError("nested deeper than any answer")
+    return found
 
 
 def _is_word(run: str) -> bool:

@@ -10,7 +10,7 @@ from heatbath.verify.answers.units import BASE, UnreadableError
 
 MAX_CHARACTERS = 1_000
 MAX_TOKENS = 600
-MAX_DEPTH = 40
+MAX_DEPTH = 100  # of the tree, and of the calls that read it
 MAX_DIGITS = 400
 
 
@@ -28,7 +28,7 @@ TOKEN = re.compile(
     r"|(?P<space> )|(?P<sign>.)",
     re.DOTALL,
 )
-THOUSANDS = re.compile(r"[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?:\.[0-9]+)?(?![0-9/]|[, ][0-9])")
+THOUSANDS = re.compile(r"[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?:\.[0-9]+)?(?![0-9/]|[, ][0-9])")
 OPERATORS = {"<=": "le", ">=": "ge", "!=": "ne", "==": "=", ":=": "=", "**": "^"}
 WORDS_ONLY = re.compile(r"[^\W\d_]+(?:[ ',./()\-]+[^\W\d_]+)*[ .!]*")
 PERCENT = ("%", "percent", "pct", "percentage", "per cent")

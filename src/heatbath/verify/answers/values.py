@@ -147,13 +147,16 @@ class Evaluation:
         if name not in FUNCTIONS:
             raise UnreadableError(f"the function {head}")
         try:
-            return getattr(precise, name)(x)
+            found = getattr(precise, name)(x)
+            return Fraction(0) if abs(found) < precise.mpf(10) ** (20 - DIGITS) else found  # sin π
         except (ValueError, ZeroDivisionError) as error:
             raise UnreadableError(f"{head} has no value there") from error
 
     def _unknown(self, head: str, values: list[Value]) -> Value:
         """A function nobody knows: some value, the same for the same function and arguments."""
-        shown = ",".join(str(v) if isinstance(v, Fraction) else precise.nstr(v, 25) for v in values)
+        shown = ",".join(
+            f"{v.numerator:x}/{v.denominator:x}" if isinstance(v, Fraction) else precise.nstr(v, 25) for v in values
+        )
         return _at(f"{head}({shown})", self.point)
 
 
@@ -168,7 +171,7 @@ ARITHMETIC = frozenset(
 def _at(name: str, point: int) -> Fraction:
     """A value for a variable at a point: positive at 0 and 1, negative at 2; at the others the bits of the name's first
     letter decide, so that any two letters differ in sign somewhere."""
-    digest = hashlib.blake2b(f"{name}\0{point}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{name}\0{point}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     value = Fraction(int.from_bytes(digest[:3]) + 2**20, 2**22 + 2 * int.from_bytes(digest[3:5]) + 1)
     negative = point == 2 or (point > 2 and ord(name[0]) >> (point - 3) & 1)
     return -value if negative else value
