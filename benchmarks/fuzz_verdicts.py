@@ -28,7 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "verify"))
 
 SLOWEST = 10  # cases that the log keeps
-SHOWN = 400  # characters of a text in the log
+SHOWN = 120
 GRACE_SECONDS = 5.0  # of a worker's end, past its deadline
 BATCH = 500  # texts of one call of the grader
 

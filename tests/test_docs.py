@@ -31,6 +31,7 @@ SHORTENED = {"run", "sft", "rl", "eval", "surprise"}
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     (folder / "recipes").symlink_to(ROOT / "recipes")
+    (folder / "answers.jsonl").write_text('{"gold": "4", "response": "so 4"}\n')
     return folder
 
 

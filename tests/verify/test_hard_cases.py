@@ -7,6 +7,7 @@ from heatbath.verify.extract import extract
 
 # gold, and answers that are not the same
 DIFFERENT = [
+    ("61", ["14 + 47 = x", "x = 14 + 47", "14 + 47 = x = y"]),
     ("|x|", ["x"]),
     (r"\sqrt{x^2}", ["x"]),
     (r"\sqrt[4]{x^4}", ["x"]),

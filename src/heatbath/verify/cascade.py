@@ -10,7 +10,7 @@ from typing import Literal
 
 from heatbath.verify.answers.equality import EXACT, Rules, same
 from heatbath.verify.answers.expressions import Apply, Based, Chain, Group, Matrix, Node, Number, Quantity, Words
-from heatbath.verify.answers.names import free_names
+from heatbath.verify.answers.names import free_names, named_value
 from heatbath.verify.answers.notation import GREEK, SAME, latex, letters
 from heatbath.verify.answers.parser import UNREAD
 from heatbath.verify.answers.reading import read
@@ -24,6 +24,7 @@ PLAIN = re.compile(r"-?[0-9]{1,18}")
 LETTER = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?([A-J])\)?")
 LETTER_WITH_TEXT = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?([A-J])(?:\)[.:]?|[.:]|(?= ))(?:\s(.*))?", re.DOTALL)
 DECIMAL_COMMA = re.compile(r"([+-]?)([0-9]+),([0-9]{1,2}|[0-9]{4,}|(?<=^0,)[0-9]+)")
+COMMA_IN_GOLD = re.compile(r"-?(?:0,|[0-9],[0-9]{2}(?![0-9]))")  # 0,4 and 1,22; but 3,4 and 11,13 are two numbers
 # What would make a computer algebra system work without end: towers, factorials and products of large numbers.
 BOMB = re.compile(
     r"[0-9]{5,}+[ )}]*+!|!!|\^[ {(]*[0-9]{5,}|[0-9)][)} ]*\^[ {(]*[0-9]+[)} ]*\^|10\^[{(]?[0-9]+[})]*!"
@@ -238,7 +239,8 @@ def unfinished(node: Node) -> bool:
         case Quantity(value, _):
             return unfinished(value)
         case Chain(sides, _):
-            return unfinished(sides[-1])
+            value = named_value(node)[1]  # 14 + 47 = x leaves it as 14 + 47 does
+            return unfinished(sides[-1] if isinstance(value, Chain) else value)
         case Group(_, items):
             return any(map(unfinished, items))
         case Matrix(rows):
