@@ -91,7 +91,7 @@ def gold_answer(gold: str) -> Gold | None:
         text,
         _tree(text),
         letter.group(1) if letter else None,
-        _comma(text) if re.match("-?0,", text) else None,
+        _comma(text) if COMMA_IN_GOLD.match(text) else None,
         integer,
     )
 
