@@ -128,6 +128,8 @@ DIFFERENT = [
 ]
 # gold, and answers that are
 SAME = [
+    (r"\frac{\pi}{6}", [r"\sin^{-1} \frac12", r"\arcsin 0.5"]),
+    (r"\sin \frac{x}{2}", [r"\sin x/2"]),
     ("f(x)=x^2", ["f(t)=t^2"]),
     ("x=1,y=2", ["1,2", "y=2,x=1", "(x,y)=(1,2)"]),
     ("(x,y)=(1,2)", ["(y,x)=(2,1)", "y=2,x=1", "(1,2)"]),

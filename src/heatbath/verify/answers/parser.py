@@ -400,27 +400,31 @@ class Parser(Tokens):
                 base = self.argument()
             else:
                 exponent = self.argument() if self.kind == "{" else self.signed_power()
-        if self.kind == "(":
-            inner = self.power()
-        else:
-            inner = self.signed_power()
-            inner = self.quantity(inner) or inner
-            while (
-                self.starts_value() and self.kind not in FUNCTIONS and not self._names_function() and self.kind != "("
-            ):
-                inner = Apply("mul", (inner, self.power()))
-            while self.kind == "/" and self.at + 1 < len(self.tokens) and self.tokens[self.at + 1].kind == "number":
-                self.at += 1
-                inner = Apply("div", (inner, self.power()))
+        inner = self.power() if self.kind == "(" else self.bare_argument()
         found: Node = Apply(name, (inner,) if base is None else (inner, base))
         if exponent is None:
             return found
-        if exponent == Apply("neg", (Number(Fraction(1)),)):
+        if exponent == Number(Fraction(-1)):
             return Apply(f"arc{name}", (inner,))
         return Apply("pow", (found, exponent))
 
-    def _names_function(self) -> bool:
-        return self.kind == "letters" and self.text.casefold() in FUNCTIONS
+    def bare_argument(self) -> Node:
+        """The argument of a function without brackets: a product, with a number to divide it by."""
+        inner = self.signed_power()
+        inner = self.quantity(inner) or inner
+        for _ in range(MAX_DEPTH):
+            if (
+                self.kind == "/"
+                and self.tokens[self.at + 1 : self.at + 2]
+                and self.tokens[self.at + 1].kind == "number"
+            ):
+                self.at += 1
+                inner = Apply("div", (inner, self.power()))
+            elif self.starts_value() and self.kind != "(" and self.kind not in FUNCTIONS:
+                inner = Apply("mul", (inner, self.power()))
+            else:
+                return inner
+        raise RefusedError(f"a product of more than {MAX_DEPTH} factors")
 
     def matrix(self) -> Node:
         self.need("{")
