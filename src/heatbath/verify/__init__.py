@@ -2,8 +2,8 @@
 
 A verdict (`verdict.py`) comes from a grader (`graders.py`), of which there is one for each kind of answer:
 
-- `math.py`: `extract.py` finds the answer, `cascade.py` compares it by `answers/` (exact, no computer algebra), and what
-  is left is asked of `algebra.py` in a worker. `paper.py` has the paper's own rules.
+- `math.py`: `extract.py` finds the answer, `cascade.py` compares it by `answers/` (exact, no computer algebra), and
+  what is left is asked of `algebra.py` in a worker. `paper.py` has the rules of the paper.
 - `choice.py`: the option that a completion asserts.
 - `code.py`: `code_tests.py` reads a problem's tests, `sandbox.py` runs the program, whose end of it is `inside.py`.
 
