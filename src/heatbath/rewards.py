@@ -1,8 +1,8 @@
 """Verdicts as reward functions for TRL's GRPOTrainer: `reward_funcs=heatbath.rewards.math`.
 
-Each takes the gold answers from the dataset's column `gold`, else `answer` or `solution`; None (no signal) is returned
-where a gold answer cannot be read. The share of every status is logged beside the reward. For other settings than the
-defaults make one: `rewards.make("math", profile="paper", deadline=5)`.
+Each takes the gold answers from the dataset's column `gold`, else `answer` or `solution` (programs: `tests`, else
+`gold`); None (no signal) is returned where a gold answer cannot be read. The share of every status is logged beside the
+reward. For other settings than the defaults make one: `rewards.make("math", profile="paper", deadline=5)`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from heatbath.errors import DataError
 from heatbath.stages.rewards import Reward, verdict_reward
 from heatbath.verify.graders import Kind, grader
 
-COLUMNS = ("gold", "answer", "solution", "tests")
+COLUMNS = {"math": ("gold", "answer", "solution"), "choice": ("gold", "answer", "solution"), "code": ("tests", "gold")}
 
 
 def make(kind: Kind, *, failed_share: float = 1.0, **settings: Any) -> Reward:
@@ -24,12 +24,11 @@ def make(kind: Kind, *, failed_share: float = 1.0, **settings: Any) -> Reward:
     reward = verdict_reward(grader(kind, **settings), kind, failed_share)
 
     def verdict(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        found = next((columns.pop(name) for name in COLUMNS if columns.get(name) is not None), None)
+        names = COLUMNS[kind]
+        found = next((columns[name] for name in names if columns.get(name) is not None), None)
         if found is None:
-            raise DataError("no gold answers", "the reward function", f"a column {', '.join(COLUMNS)} in the dataset")
-        for name in COLUMNS:
-            columns.pop(name, None)
-        return reward(completions, found, **columns)
+            raise DataError("no gold answers", "the reward function", f"a column {' or '.join(names)} in the dataset")
+        return reward(completions, found, log_metric=columns.get("log_metric"))
 
     verdict.__name__ = kind
     return verdict

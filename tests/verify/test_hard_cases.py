@@ -165,6 +165,12 @@ SAME = [
 ]
 # gold, and completions that do not say it
 NOT_SAID = [
+    ("5", ["The answer is 5, or 6", "The answer is 5; 6", "The answer is 5 (or 6)", "The answer is $5$ / $6$"]),
+    ("5", ["The answer is 5, so 6", "The answer is 5, maybe 6 or 7", "The answer is 5, wait no, it is 6"]),
+    ("5", ["The answer is 5; no, 6", "The answer is 5 (no, 6)", "The answer is 5, not really", r"\boxed{5} is wrong"]),
+    ("5", [r"\boxed{5}, no wait, 6", "The answer is $5$, no, $6$"]),
+    ("0.3", ["The answer is 0.3...", r"\boxed{0.3...}", r"\boxed{0.3\ldots}", "so 0.3..."]),
+    ("A", [r"\boxed{A. B}"]),
     ("5", ["The answer is .5", "answer = .5"]),
     ("25", ["The answer is .25"]),
     ("5", ["The answer is 5 million"]),

@@ -1,18 +1,21 @@
 """Verdicts through the whole math grader: cascade, worker, profiles, stages of the user's own, and hostile answers."""
 
 import asyncio
+import math
 import multiprocessing
 import re
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import heatbath.rewards
 from heatbath.errors import HeatbathError, RunError
 from heatbath.integrations.verl import compute_score, compute_scores
 from heatbath.verify.math import MathGrader
+from heatbath.verify.sandbox import BUBBLEWRAP, available
 from heatbath.verify.verdict import JUDGED, STATUSES, Verdict
 
 # Each passes no bound, or reaches a worker and dies there; none may be right, and nothing of them may run.
@@ -205,3 +208,19 @@ def test_reward_functions_for_trl_and_verl() -> None:
     both = compute_scores(["a", "b"], ["(B)", "so 5"], ["B", "4"], [{"kind": "choice"}, None])
     assert [row["score"] for row in both] == [1.0, 0.0]
     assert compute_score("any", "so 4", " ")["status"] == "bad_gold"
+
+
+def test_what_frameworks_hand_over() -> None:
+    """numpy arrays from verl; missing values, numbers, structs and tool calls from TRL. None is a text "None"."""
+    infos = np.array([{"kind": "choice"}, {}, None], dtype=object)
+    golds = np.array(["B", "4", 4], dtype=object)
+    found = compute_scores(np.array(["a"] * 3, dtype=object), ["(B)", "so 4", "so 4"], golds, infos)
+    assert [row["score"] for row in found] == [1.0, 1.0, 1.0]
+    said = [[{"role": "assistant", "content": text}] for text in (r"\boxed{none}", r"\boxed{nan}", "so 1", "so 7")]
+    assert heatbath.rewards.math(said, gold=[None, math.nan, True, 7]) == [None, None, None, 1.0]
+    assert heatbath.rewards.math([None, [{"role": "assistant", "content": None}]], gold=["4", "4"]) == [0.0, 0.0]
+    assert heatbath.rewards.choice(["(B)", "(B)"], gold=['{"gold": "B", "options": ["x", "y"]}', "{B"]) == [1.0, None]
+    tests = {"entry_point": "f", "inputs": [[1]], "outputs": [2]}
+    if available(BUBBLEWRAP) is None:  # `solution` beside the tests is a demonstration, not a gold answer
+        program = "```python\ndef f(x):\n    return 2 * x\n```"
+        assert heatbath.rewards.code([program], tests=[tests], solution=["def f(x): ..."]) == [1.0]

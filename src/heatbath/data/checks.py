@@ -139,7 +139,7 @@ def require_gold(grader: Grader, rows: Sequence[Row], split: str, kind: Kind = "
     """Every gold answer must be one: for math no placeholder for a missing one, not without letter or digit, and right
     when it is graded against itself; for the others one that the grader can read (of programs, the first few)."""
     if kind != "math":
-        _require_readable(grader, rows[:MOST_PROGRAMS] if kind == "code" else rows, split, kind)
+        _require_readable(grader, rows, split, kind)
         return
     golds = [str(row.answer) for row in rows]
     verdicts = grader.grade([f"\\boxed{{{gold}}}" for gold in golds], golds)
@@ -170,8 +170,9 @@ def require_gold(grader: Grader, rows: Sequence[Row], split: str, kind: Kind = "
 
 
 def _require_readable(grader: Grader, rows: Sequence[Row], split: str, kind: Kind) -> None:
-    tried = "```python\npass\n```" if kind == "code" else ""
-    verdicts = grader.grade([tried] * len(rows), [as_gold(kind, str(row.answer)) for row in rows])
+    program = "```python\npass\n```" if kind == "code" else ""
+    tried = [program if number < MOST_PROGRAMS else "" for number in range(len(rows))]
+    verdicts = grader.grade(tried, [as_gold(kind, row.answer) for row in rows])
     bad = [(r, v) for r, v in zip(rows, verdicts, strict=True) if v.status in ("bad_gold", "refused")]
     if bad:
         row, verdict = bad[0]

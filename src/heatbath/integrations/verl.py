@@ -33,16 +33,21 @@ def compute_scores(
     **_: Any,
 ) -> list[dict[str, Any]]:
     """The same for a batch (verl's `batch` reward manager): the graders work on all of it at once."""
-    infos = [info or {} for info in extra_infos or [None] * len(solution_strs)]
+    infos = [info or {} for info in (extra_infos if extra_infos is not None else [None] * len(solution_strs))]
     wanted = [(str(info.get("kind", "math")), str(info.get("profile", "strict"))) for info in infos]
     scores: list[dict[str, Any]] = [{}] * len(solution_strs)
     for kind, profile in dict.fromkeys(wanted):
         rows = [i for i, asked in enumerate(wanted) if asked == (kind, profile)]
-        golds = [as_gold(kind, str(ground_truths[i])) for i in rows]  # type: ignore[arg-type]
+        golds = [as_gold(kind, _plain(ground_truths[i])) for i in rows]  # type: ignore[arg-type]
         verdicts = _grader(kind, profile).grade([solution_strs[i] for i in rows], golds)  # type: ignore[arg-type]
         for i, verdict in zip(rows, verdicts, strict=True):
             scores[i] = _score(verdict)
     return scores
+
+
+def _plain(value: Any) -> Any:
+    """verl keeps rows in numpy arrays."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
 
 
 @functools.cache

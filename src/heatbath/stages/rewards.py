@@ -67,7 +67,7 @@ def verdict_reward(grader: Grader, kind: Kind = "math", failed_share: float = 0.
     verdicts are failures."""
 
     def verdict(completions: list[Any], gold: Sequence[str], **more: Any) -> list[float | None]:
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        texts = [_said(c) for c in completions]
         golds = [as_gold(kind, text) for text in gold]
         verdicts = grader.grade(texts, golds)
         require_few_failures(verdicts, texts, golds, failed_share, "[reward]")
@@ -80,12 +80,18 @@ def verdict_reward(grader: Grader, kind: Kind = "math", failed_share: float = 0.
     return verdict
 
 
+def _said(completion: Any) -> str:
+    """The text of a completion: itself, or of its last message; nothing where that is a tool call."""
+    text = completion if completion is None or isinstance(completion, str) else completion[-1].get("content")
+    return text if isinstance(text, str) else ""
+
+
 def own_function(path: str, key: str) -> Callable[..., Any]:
     """The function of an import path; raises RecipeError naming the key where there is none."""
     from heatbath.verify.worker import load
 
     try:
         return load(path)
-    except (ImportError, AttributeError, OSError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001 - the edge to the user's own module, which may raise anything
         remedy = 'write "package.module:function", or "file.py:function" relative to the working folder'
         raise RecipeError(f"no function {path}: {error}", key, remedy) from None

@@ -194,7 +194,7 @@ def _letter(text: str) -> str | None:
         return match.group(1)
     match = LETTER_WITH_TEXT.fullmatch(text)
     if match is None or re.search(
-        r"\b(?:or|and|not|wrong|incorrect|false|no)\b|(?<![A-Za-z])[A-J][).:]", match.group(2) or ""
+        r"\b(?:or|and|not|wrong|incorrect|false|no)\b|(?<![A-Za-z])[A-J](?:[).:]|$)", match.group(2) or ""
     ):
         return None
     return match.group(1)

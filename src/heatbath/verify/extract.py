@@ -38,8 +38,13 @@ NUMBER = re.compile(
     rf"(?P<unit>(?:{UNIT})(?![A-Za-z])(?:\^\{{?[23]\}}?)?|\\?[%$]|[€£¥])?"
     rf"(?P<scale> (?:{'|'.join(SCALES)})\b)?(?![0-9A-Za-z_^{{/\\‰])"
 )
-WORDS_AFTER = re.compile(r"(?:[ %]+[A-Za-z%²³]++)*+[ .,;:!]*+")
-EXPLAINED = re.compile(r"[ *]*(?:\((?!mod)|;|, (?=[a-z])|,? (?:as|since|because|so|which|where|when|not)\b)")
+WORDS_AFTER = re.compile(r"(?:[ %]+[A-Za-z%²³]++)*+(?:[ ,;:!]|\.(?!\.))*+")
+EXPLAINED = re.compile(
+    r"[ *]*(?:\((?:see|since|because|as|from|by|rounded|the)\b|,? (?:as|since|because|which|where|when)\b)"
+)
+TAKEN_BACK_AFTER = re.compile(
+    r"[\s$}.,;:()*-]{0,8}(?:is |was |that's |that is )?(?:wrong|incorrect|no\b|not\b|wait)", re.IGNORECASE
+)
 FILLER = re.compile(
     r"(?:therefore|thus|simply|just|clearly|indeed|exactly|equal to|then|given by)[ ,:]+", re.IGNORECASE
 )
@@ -51,7 +56,7 @@ BEFORE = re.compile(
     re.IGNORECASE,
 )
 BEHIND = re.compile(
-    r"\)?\s*(?:[+*/^×÷?]|-\s*[0-9(])|\s*(?:is|was|are)?\s*(?:not|wrong|incorrect)\b|[^.;]{0,80}, [a-z]+ [a-z]"
+    r"\.\.|\)?\s*(?:[+*/^×÷?]|-\s*[0-9(])|\s*(?:is|was|are)?\s*(?:not|wrong|incorrect)\b|[^.;]{0,80}, [a-z]+ [a-z]"
 )
 DENIED = re.compile(
     r"\b(?:wrong|incorrect|false|if|suppose|whether|mistaken)\b"
@@ -124,6 +129,8 @@ def _boxed(text: str) -> str | None:
         alone = OPENING.fullmatch(re.split(r"[.!?\n}]", opening)[-1])
         if anchor["final"] and alone and (found := _said(text, anchor.end())) and _is_value(found):
             return found
+    if TAKEN_BACK_AFTER.match(text, boxes[-1][1] + 1):
+        return ""  # \\boxed{5} is wrong
     return _contents(text, boxes)
 
 
@@ -200,8 +207,13 @@ def _said(text: str, start: int) -> str | None:
     if not phrase.startswith(("$", "\\(", "\\[")) and " is " in phrase:  # The largest $n$ is 34.
         phrase = phrase.rpartition(" is ")[2].lstrip()
     if spans := _formulas(phrase):
-        return _contents(phrase, spans if spans[0][0] > 2 else _leading(phrase, spans))
-    phrase = phrase.split(". ")[0].rpartition("=")[2].strip(" \t*\"'`").rstrip(". *")
+        if spans[0][0] > 2:
+            return _contents(phrase, spans)
+        leading = _leading(phrase, spans)
+        rest = phrase[leading[-1][1] :].lstrip("$)]\\ *")
+        hedged = re.match(r"[/+*=<>;-]|or\b|and\b|, \$", rest) or TAKEN_BACK.search(rest[:60])
+        return phrase if hedged else _contents(phrase, leading)
+    phrase = re.sub(r"(?<!\.)\.$", "", phrase.split(". ")[0].rpartition("=")[2].strip(" \t*\"'`"))
     number = NUMBER.match(phrase)
     if number and WORDS_AFTER.fullmatch(phrase, number.end()):
         return _bare(number)

@@ -55,11 +55,15 @@ def grader(
     return MathGrader(profile=profile, workers=workers, deadline=deadline, stages=stages)  # type: ignore[arg-type]
 
 
-def as_gold(kind: Kind, text: str) -> Any:
-    """A gold answer from the one text that a table or a framework carries: options and tests are JSON in it."""
-    if kind == "math" or not text.lstrip().startswith("{"):
-        return text
-    return json.loads(text)
+def as_gold(kind: Kind, value: Any) -> Any:
+    """A gold answer as its grader takes it. A table or a framework carries one text: options and tests are JSON in it.
+    What is no gold answer stays what it is, and is `bad_gold` to the grader."""
+    if kind == "math" or not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def failures(verdicts: Sequence[Verdict]) -> list[int]:

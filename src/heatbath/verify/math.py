@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from heatbath.errors import RunError
 from heatbath.verify import algebra, paper
@@ -48,7 +49,7 @@ class MathGrader:
                 f"profiles: {', '.join(get_args(Profile))}; policies: {', '.join(POLICIES)}",
             )
         self.profile, self.policy, self.rules, self.finished = profile, policy, rules, finished
-        self.stages = [*stages, algebra.MATH_VERIFY]
+        self.stages = [*map(_resolved, stages), algebra.MATH_VERIFY]
         strict = profile == "strict"
         self.pool = WorkerPool(
             "heatbath.verify.algebra:decide" if strict else "heatbath.verify.algebra:whole_response",
@@ -66,10 +67,10 @@ class MathGrader:
     def close(self) -> None:
         self.pool.close()
 
-    def grade(self, completions: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
-        """A verdict for each completion, in order."""
+    def grade(self, completions: Sequence[str], golds: Sequence[Any]) -> list[Verdict]:
+        """A verdict for each completion, in order. A gold answer is a text or a number; anything else is `bad_gold`."""
         first = self._strictly if self.profile == "strict" else self._as_in_the_paper
-        found = [_caught(first, c, str(g)) for c, g in zip(completions, golds, strict=True)]
+        found = [_caught(first, c or "", _text(g)) for c, g in zip(completions, golds, strict=True)]
         hard = [i for i, verdict in enumerate(found) if not isinstance(verdict, Verdict)]
         outcomes = self.pool.map([found[i].task for i in hard])
         for i, outcome in zip(hard, outcomes, strict=True):
@@ -130,6 +131,19 @@ def _caught(grade: Callable[[str, str], Verdict | Asked], completion: str, gold:
     if isinstance(found, Verdict):
         return Verdict(found.status, found.answer, found.rule, time.perf_counter() - started)
     return found
+
+
+def _text(gold: Any) -> str:
+    """A gold answer as text; nothing for what is none, such as a missing value."""
+    if isinstance(gold, bool) or not isinstance(gold, str | int | float) or gold != gold:
+        return ""
+    return str(gold)
+
+
+def _resolved(stage: str) -> str:
+    """An import path that does not change its meaning when the working folder does."""
+    home, _, name = stage.rpartition(":")
+    return f"{Path(home).resolve()}:{name}" if home.endswith(".py") else stage
 
 
 def _shown(answer: str | None) -> str | None:

@@ -28,6 +28,8 @@ def read(text: str) -> Node:
     text = latex(text)
     if len(text) > MAX_CHARACTERS:
         raise RefusedError(f"longer than {MAX_CHARACTERS} characters")
+    if text.endswith(("...", "\\ldots")):
+        raise UnreadableError("a number that goes on")
     text = text.rstrip(".,;: ").removeprefix("= ").strip()
     if not text:
         raise UnreadableError("empty")
