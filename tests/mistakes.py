@@ -286,13 +286,13 @@ SECTIONS: dict[str, list[Mistake]] = {
             ),
         ),
         Mistake(
-            "Gold answers with their unit",
+            "Gold answers that a plain statement does not bring",
             "run r.toml --dry-run",
-            ("1 of 1 gold answers are not found right", "'The answer is 64 pens.' '64' is read"),
+            ("1 of 1 gold answers are not found right", "'The answer is not enough pens.' None is read"),
             files(
                 demos(ROW),
                 data='test_from = "test.jsonl"',
-                **{"test.jsonl": demos({"question": "How many pens?", "answer": "64 pens"})},
+                **{"test.jsonl": demos({"question": "How many pens?", "answer": "not enough pens"})},
             ),
         ),
         Mistake(
@@ -359,9 +359,7 @@ SECTIONS: dict[str, list[Mistake]] = {
         recipe("A function that is not there", "reward.weights={'mine.py:brief'=1}", "no function mine.py:brief"),
         recipe("A stage that is not there", "reward.stages=['colours:same']", "no function colours:same"),
         recipe("A reward model that is not there", "reward.model=./judge", "cannot load the model './judge'"),
-        recipe(
-            "An isolation that there is not", "reward={kind='code',isolation='docker'}", "unknown isolation 'docker'"
-        ),
+        recipe("An isolation that there is not", "reward={kind='code',isolation='docker'}", "no isolation 'docker'"),
         Mistake(
             "Options that are none",
             "run r.toml --dry-run",

@@ -165,7 +165,7 @@ def require_gold(grader: Grader, rows: Sequence[Row], split: str, kind: Kind = "
             f"{len(lost):,} of {len(rows):,} gold answers are not found right in a completion that states them; of "
             f"'The answer is {str(row.answer)[:60]}.' {verdict.answer!r} is read",
             f"data.{split}, {rendering.place(row)}",
-            "write the number without its unit, or the answer as the model should box it",
+            "ask for a box (data.system), or write the answer as a model would state it",
         )
 
 

@@ -30,8 +30,11 @@ def require_rewards(settings: RewardSection) -> None:
     """Says before anything is trained what of the [reward] table is not there: the sandbox, the reward model, functions
     and stages of the user's own. Raises RunError or RecipeError."""
     if settings.kind == "code":
-        from heatbath.verify.sandbox import BUBBLEWRAP, available
+        from heatbath.verify.sandbox import BUBBLEWRAP, LEVELS, available
 
+        if settings.isolation not in (None, *LEVELS):
+            levels = " or ".join(map(repr, LEVELS))
+            raise RecipeError(f"no isolation {settings.isolation!r}", "reward.isolation", f"{levels} (docs/code.md)")
         if reason := available(settings.isolation or BUBBLEWRAP):
             raise RunError(f"programs cannot be run: {reason}", "reward.isolation", "docs/code.md has the levels")
     for stage in settings.stages:
