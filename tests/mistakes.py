@@ -357,7 +357,7 @@ SECTIONS: dict[str, list[Mistake]] = {
         recipe("A weight without its model", "reward.weights={model=1}", "there is no reward model: set reward.model"),
         recipe("A profile for programs", "reward={kind='code',profile='paper'}", "profile and stages are for math"),
         recipe("A function that is not there", "reward.weights={'mine.py:brief'=1}", "no function mine.py:brief"),
-        recipe("A stage that is not there", "reward.stages=['colours:same']", "no function colours:same"),
+        recipe("A stage that is not there", "reward.stages=['colours:same']", "no stage colours:same"),
         recipe("A reward model that is not there", "reward.model=./judge", "cannot load the model './judge'"),
         recipe("An isolation that there is not", "reward={kind='code',isolation='docker'}", "no isolation 'docker'"),
         Mistake(

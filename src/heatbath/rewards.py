@@ -7,7 +7,7 @@ reward. For other settings than the defaults make one: `rewards.make("math", pro
 
 from __future__ import annotations
 
-import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,9 +34,16 @@ def make(kind: Kind, *, failed_share: float = 1.0, **settings: Any) -> Reward:
     return verdict
 
 
-@functools.cache
+_DEFAULTS: dict[Kind, Reward] = {}
+_MAKING = threading.Lock()
+
+
 def _default(kind: Kind) -> Reward:
-    return make(kind)
+    """One grader of each kind for all threads."""
+    with _MAKING:
+        if kind not in _DEFAULTS:
+            _DEFAULTS[kind] = make(kind)
+        return _DEFAULTS[kind]
 
 
 def math(completions: Sequence[Any], **columns: Any) -> list[float | None]:

@@ -34,7 +34,7 @@ def recipe(base: Path, folder: Path, row: dict, reward: dict, **fields: str) -> 
             "model": str(base),
             "precision": "fp32",
             "data": {**data, "test_from": None, "prompts_from": None, "prompts": 4, "fields": fields},
-            "rl": {"prompts": 4, "update_prompts": 4, "group_size": 2, "micro_batch": 8, "max_new_tokens": 6},
+            "rl": {"prompts": 4, "update_prompts": 2, "group_size": 2, "micro_batch": 4, "max_new_tokens": 6},
             "eval": {"samples": 1, "k": [1], "max_new_tokens": 6},
             "reward": reward,
         }
@@ -78,7 +78,8 @@ def test_rewards_are_summed_with_their_weights(
     made = recipe(small_base, tmp_path, {"question": "1 + 1?", "answer": "2"}, {"weights": weights})
     run = Run.create(tmp_path / "run", made)
     run_rl(run, made, Progress(quiet=True))
-    row = run.metrics("rl")[0]
+    row, second = run.metrics("rl")  # two optimizer steps of one generation, which is rewarded once
+    assert "reward" not in second and second["grad_norm"] > 0
     assert row["reward/brevity"] > 0
     assert row["reward"] == pytest.approx(2.0 * row["reward/verdict"] + 0.5 * row["reward/brevity"])
     assert row["informative_share"] > 0  # told by the weighted sum: the verdicts alone are all alike
@@ -92,6 +93,31 @@ def test_a_reward_model_is_the_whole_reward_unless_weights_say_otherwise() -> No
     plain = recipes.parse({"model": "m", "data": {"source": "arithmetic"}}).reward
     with grader_of(plain) as grader:
         assert [f.__name__ for f in reward_functions(plain, grader)] == ["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            "def f(completions, **_): return [float('nan')] * len(completions)",
+            "no completion of this step got a reward",
+        ),
+        ("def f(completions): return [1.0] * len(completions)", "mine.py:f raised TypeError"),
+        ("def f(completions, **_): return [1.0]", "mine.py:f gave 1 rewards for 8"),
+        ("def f(completions, **_): return 'text'", "mine.py:f raised ValueError"),
+    ],
+)
+def test_faults_of_ones_own_function_stop_the_run(
+    small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, said: str
+) -> None:
+    (tmp_path / "mine.py").write_text(body + "\n")
+    monkeypatch.chdir(tmp_path)
+    row = {"question": "1 + 1?", "answer": "2"}
+    made = recipe(small_base, tmp_path, row, {"weights": {"verdict": 0.0, "mine.py:f": 1.0}})
+    if "nan" in body:  # the verdicts, too, give no signal
+        monkeypatch.setattr(Verdict, "score", property(lambda self: None))
+    with pytest.raises(RunError, match=said):
+        run_rl(Run.create(tmp_path / "run", made), made, Progress(quiet=True))
 
 
 def test_too_many_failures_stop_the_run_and_show_the_first() -> None:

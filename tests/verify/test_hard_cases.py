@@ -209,6 +209,8 @@ NOT_SAID = [
 ]
 # gold, and completions that do
 SAID = [
+    ("18", ["The total is **$18**.", "She makes **$18** per day.", "The total is *18*.", "Total: **$18.00**"]),
+    ("18", ["She makes **18** dollars.", "**Answer: $18**", "**Final answer:** 18"]),
     ("0.5", ["The answer is .5"]),
     ("2.5", ["2 1/2", "it takes 2 1/2 hours"]),
     (

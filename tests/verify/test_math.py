@@ -142,9 +142,17 @@ def test_a_stage_of_ones_own_from_the_page(tmp_path: Path, monkeypatch: pytest.M
     assert verdicts[0].rule == "boxed+same_colour"
 
 
+def test_a_stage_that_says_something_else_is_a_crash_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("def says_yes(gold, answer):\n    return 'yes'\n")
+    monkeypatch.chdir(tmp_path)
+    with MathGrader(workers=1, stages=["mine.py:says_yes"]) as grader:
+        (verdict,) = grader.grade([r"\boxed{blue}"], ["red"])
+    assert verdict.status == "crashed" and "returned 'yes', not True, False or None" in verdict.rule
+
+
 def test_a_stage_that_is_not_there_is_named() -> None:
-    with MathGrader(workers=1, stages=["nowhere:function"]) as grader, pytest.raises(HeatbathError, match="nowhere"):
-        grader.grade([r"\boxed{blue}"], ["red"])
+    with pytest.raises(RunError, match="no stage nowhere:function: No module named"):
+        MathGrader(stages=["nowhere:function"])
 
 
 def _in_a_fork(queue) -> None:

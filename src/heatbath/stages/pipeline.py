@@ -80,7 +80,7 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
             require_columns(goal, checks.rendered(tokenizer, getattr(splits, split), recipe, split), split)
     asked = [s for stage, s in (("rl", "prompts"), ("eval", "test")) if stage in stages]
     if asked:
-        require_rewards(recipe.reward)
+        require_rewards(recipe)
     with grader_of(recipe.reward) as grader:
         for split in asked:
             rows = getattr(splits, split)

@@ -40,6 +40,8 @@ def plan(recipe: Recipe, stages: tuple[str, ...], command: list[str]) -> dict[st
         }
     if "rl" in stages:
         out["rl"] = _rl(recipe, splits)
+    if "rl" in stages or "eval" in stages:
+        out["reward"] = _reward(recipe)
     if "eval" in stages:
         policies = 1 + (recipe.sft is not None) + (recipe.rl is not None)
         out["eval"] = {
@@ -73,6 +75,19 @@ def _tokens(demos: list[Rendered], eos: int) -> dict[str, Any]:
         "truncated": sum(r.truncated for r in demos),
         "ends_with_eos": sum(r.labels[-1] == eos for r in demos),
     }
+
+
+def _reward(recipe: Recipe) -> str:
+    """The grader, and what is summed where that is more than its verdicts."""
+    settings = recipe.reward
+    grader = f"{settings.kind} ({settings.profile if settings.kind == 'math' else settings.isolation or 'bubblewrap'})"
+    if settings.kind == "choice":
+        grader = "choice"
+    if settings.stages:
+        grader += f" with {', '.join(settings.stages)}"
+    names = {"verdict": f"verdict of {grader}", "model": settings.model or ""}
+    parts = [f"{weight:g} × {names.get(name, name)}" for name, weight in settings.weighted.items() if weight]
+    return " + ".join(parts)
 
 
 def _rl(recipe: Recipe, splits: Splits) -> dict[str, Any]:
@@ -110,6 +125,8 @@ def show(found: dict[str, Any]) -> str:
             f"rl        {r['steps']:,} steps of '{r['policy']}', {r['completions']:,} completions of at most "
             f"{r['most_completion_tokens']:,} tokens"
         )
+    if "rl" in found or "eval" in found:
+        lines.append(f"reward    {found['reward']}")
     if "eval" in found:
         e = found["eval"]
         lines.append(f"eval      {e['problems']:,} problems, {e['samples']:,} samples of {e['policies']} policies")

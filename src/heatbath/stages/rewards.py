@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from heatbath.errors import RecipeError, RunError
+from heatbath.recipe import Recipe
 from heatbath.sections import Reward as RewardSection
+from heatbath.verify.algebra import require_stage
 from heatbath.verify.graders import Grader, Kind, as_gold, grader, require_few_failures
 from heatbath.verify.verdict import STATUSES
 
@@ -26,9 +29,10 @@ def grader_of(settings: RewardSection) -> Grader:
     )
 
 
-def require_rewards(settings: RewardSection) -> None:
+def require_rewards(recipe: Recipe) -> None:
     """Says before anything is trained what of the [reward] table is not there: the sandbox, the reward model, functions
-    and stages of the user's own. Raises RunError or RecipeError."""
+    and stages of the user's own, the fields it needs. Raises RunError or RecipeError."""
+    settings = recipe.reward
     if settings.kind == "code":
         from heatbath.verify.sandbox import BUBBLEWRAP, LEVELS, available
 
@@ -37,8 +41,12 @@ def require_rewards(settings: RewardSection) -> None:
             raise RecipeError(f"no isolation {settings.isolation!r}", "reward.isolation", f"{levels} (docs/code.md)")
         if reason := available(settings.isolation or BUBBLEWRAP):
             raise RunError(f"programs cannot be run: {reason}", "reward.isolation", "docs/code.md has the levels")
+    _require_fields(recipe)
     for stage in settings.stages:
-        own_function(stage, "reward.stages")
+        try:
+            require_stage(stage)
+        except RunError as error:
+            raise RecipeError(error.what, "reward.stages", error.remedy) from None
     for name in settings.weights:
         if ":" in name:
             own_function(name, "reward.weights")
@@ -46,6 +54,23 @@ def require_rewards(settings: RewardSection) -> None:
         from heatbath.models import load_config
 
         load_config(settings.model)
+
+
+def _require_fields(recipe: Recipe) -> None:
+    """The columns of the tables must fit the kind of answer."""
+    kind = recipe.reward.kind
+    tables = [f for name in ("fields", "test_fields") if (f := getattr(recipe.data, name, None)) is not None]
+    if not tables and kind != "math":
+        remedy = "take rows from tables (source = 'files' or 'hub'), or kind = 'math'"
+        raise RecipeError(f"the answers of '{recipe.data.source}' are mathematical", "reward.kind", remedy)
+    for fields in tables:
+        for name, owner in (("tests", "code"), ("options", "choice")):
+            if getattr(fields, name) is not None and kind != owner:
+                remedy = f"reward.kind = '{owner}', or no data.fields.{name}"
+                raise RecipeError(f"data.fields.{name} is not for {kind} answers", "reward.kind", remedy)
+        if kind == "code" and fields.tests is None:
+            remedy = "name the column that holds the tests, or '*' for the whole row (docs/code.md)"
+            raise RecipeError("programs are graded by tests", "data.fields.tests", remedy)
 
 
 def reward_functions(settings: RewardSection, grader: Grader) -> list[Reward]:
@@ -60,7 +85,7 @@ def reward_functions(settings: RewardSection, grader: Grader) -> list[Reward]:
             assert settings.model is not None
             made.append(RewardModel(settings.model, sqrt_length=settings.sqrt_length))
         else:
-            made.append(own_function(name, "reward.weights"))
+            made.append(_checked(own_function(name, "reward.weights"), name))
     return made
 
 
@@ -87,6 +112,23 @@ def _said(completion: Any) -> str:
     """The text of a completion: itself, or of its last message; nothing where that is a tool call."""
     text = completion if completion is None or isinstance(completion, str) else completion[-1].get("content")
     return text if isinstance(text, str) else ""
+
+
+def _checked(function: Callable[..., Any], path: str) -> Reward:
+    """A reward function of the user's own whose mistakes are told as such."""
+    remedy = "it takes **columns (prompts, completions, gold, …) and returns a number or None for each completion"
+
+    @functools.wraps(function)
+    def reward(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        try:
+            found = [None if value is None else float(value) for value in function(completions=completions, **columns)]
+        except Exception as error:
+            raise RunError(f"{path} raised {type(error).__name__}: {error}", "reward.weights", remedy) from error
+        if len(found) != len(completions):
+            raise RunError(f"{path} gave {len(found)} rewards for {len(completions)}", "reward.weights", remedy)
+        return found
+
+    return reward
 
 
 def own_function(path: str, key: str) -> Callable[..., Any]:

@@ -106,6 +106,12 @@ class PolicyTrainer(trl.GRPOTrainer):
         rewards: Tensor = super()._calculate_rewards(*args)
         mode = "train" if self.model.training else "eval"
         group = self.num_generations if mode == "train" else self.num_generations_eval
+        if rewards.isnan().all():
+            raise RunError(
+                "no completion of this step got a reward: every one was missing or not a number",
+                f"step {self.state.global_step + 1}, {', '.join(self.reward_func_names)}",
+                "check the gold answers, and what the reward functions return",
+            )
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
         total = total.masked_fill(rewards.isnan().all(1), torch.nan).view(-1, group)
         spread = total.nan_to_num(-torch.inf).amax(1) - total.nan_to_num(torch.inf).amin(1)
@@ -170,7 +176,8 @@ class PolicyTrainer(trl.GRPOTrainer):
         self._metrics["train"].clear()
         values = {ours: measured[theirs] for theirs, ours in NAMES.items() if theirs in measured}
         if len(self.reward_funcs) > 1:
-            values |= {f"reward/{n}": measured[f"rewards/{n}/mean"] for n in self.reward_func_names}
+            means = {f"reward/{name}": f"rewards/{name}/mean" for name in self.reward_func_names}
+            values |= {ours: measured[theirs] for ours, theirs in means.items() if theirs in measured}
         for name in sorted(self._token_sums):
             total, count = self.accelerator.reduce(self._token_sums[name], "sum").tolist()
             values[name] = total / max(count, 1.0)

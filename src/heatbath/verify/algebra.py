@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
+
+from heatbath.errors import RunError
 
 MAX_RESPONSE = 20_000  # characters of the end of a response in which Math-Verify looks for an answer itself
 
@@ -21,9 +24,26 @@ def decide(stages: list[str], gold: str, answer: str) -> list[str]:
     """
     for stage in stages:
         found = _stage(stage)(gold, answer)
+        if found == "bad_gold":
+            return ["bad_gold", stage.rpartition(":")[2]]
+        if hasattr(found, "dtype"):  # a comparison of numpy
+            found = bool(found)
+        if found is not None and not isinstance(found, bool):
+            raise TypeError(f"the stage {stage} returned {found!r}, not True, False or None")
         if found is not None:
-            return [found if isinstance(found, str) else "right" if found else "wrong", stage.rpartition(":")[2]]
+            return ["right" if found else "wrong", stage.rpartition(":")[2]]
     return ["wrong", "no stage"]
+
+
+def require_stage(path: str) -> None:
+    """Raises RunError where `path` names no function of (gold, answer)."""
+    from heatbath.verify.worker import load
+
+    try:
+        inspect.signature(load(path)).bind("gold", "answer")
+    except Exception as error:  # noqa: BLE001 - the edge to the user's own module, which may raise anything
+        remedy = 'write "package.module:function" or "file.py:function"; it takes (gold, answer)'
+        raise RunError(f"no stage {path}: {error}", "stages", remedy) from None
 
 
 @functools.cache

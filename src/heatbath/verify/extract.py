@@ -85,6 +85,9 @@ TAKEN_BACK = re.compile(
 )
 TAIL = re.compile(r"(?:<\|[a-z_]{1,20}\|>\s*+[a-z]{0,10}+|\s|I hope it is correct\.?)++\Z", re.IGNORECASE)
 THOUGHT = "</think>"
+BOLD = re.compile(
+    r"(?<![\w)*])\*\*(\S(?:[^*\n]{0,200}?\S)?)\*\*(?![\w(*])|(?<![\w)*])\*(\S(?:[^*\n]{0,200}?\S)?)\*(?![\w(*])"
+)
 SPACES = re.compile(r"[^\S\n]+")
 
 
@@ -110,6 +113,7 @@ def clean(text: str) -> str:
     """The end of a completion as the rules read it."""
     text = SPACES.sub(" ", text[-MAX_RAW:].rpartition(THOUGHT)[2])[-MAX_CHARACTERS:]
     text = plain_text(text)[-MAX_CHARACTERS:]  # one sign may become many
+    text = BOLD.sub(r"\1\2", text) if "*" in text else text
     return text[: match.start()] if (match := TAIL.search(text, max(0, len(text) - 200))) else text
 
 

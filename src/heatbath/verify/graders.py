@@ -83,5 +83,5 @@ def require_few_failures(
         f"{len(failed):,} of {len(verdicts):,} verdicts failed; the first is {first.status} ({first.rule}) on "
         f"{(first.answer or completions[failed[0]])[-200:]!r}, gold {str(golds[failed[0]])[:80]!r}",
         where,
-        "see samples.jsonl; a longer reward.deadline, a larger reward.failed_share, or another gold answer",
+        "a longer reward.deadline, another gold answer, or a larger reward.failed_share where that is to be borne",
     )

@@ -18,6 +18,7 @@ from heatbath.verify.pool import Outcome, WorkerPool
 from heatbath.verify.verdict import Verdict
 
 Profile = Literal["strict", "paper"]
+SUM = ["\\sum_{k=1}^{n} k", "\\frac{n(n+1)}{2}"]  # what a worker is warmed up with: the first of its kind is slow
 SHOWN = 500  # characters of an answer that a verdict keeps
 
 
@@ -49,13 +50,16 @@ class MathGrader:
                 f"profiles: {', '.join(get_args(Profile))}; policies: {', '.join(POLICIES)}",
             )
         self.profile, self.policy, self.rules, self.finished = profile, policy, rules, finished
-        self.stages = [*map(_resolved, stages), algebra.MATH_VERIFY]
+        own = [stages] if isinstance(stages, str) else stages
+        for stage in own:
+            algebra.require_stage(stage)
+        self.stages = [*map(_resolved, own), algebra.MATH_VERIFY]
         strict = profile == "strict"
         self.pool = WorkerPool(
             "heatbath.verify.algebra:decide" if strict else "heatbath.verify.algebra:whole_response",
             workers=workers,
             deadline=deadline,
-            warm_up=[self.stages, "\\sqrt{2}", "x+1"] if strict else ["2", "so \\boxed{\\sqrt{2}}"],
+            warm_up=[[algebra.MATH_VERIFY], *SUM] if strict else [SUM[0], f"so ${SUM[1]}$, or \\boxed{{2}}."],
         )
 
     def __enter__(self) -> MathGrader:
