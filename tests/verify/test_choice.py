@@ -1,21 +1,19 @@
 """Multiple choice: what asserts an answer and what does not, on made phrases, three benchmarks' rows, and junk."""
 
-import gzip
 import json
 import random
-import re
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from heatbath.verify.choice import ChoiceGrader, _worded, plain
+from heatbath.verify.choice import ChoiceGrader
 
 CITIES = ["London", "Paris", "Rome", "Berlin"]
 NUMBERED = {"1": "slower", "2": "faster", "3": "same"}
 VALUES = {"1": "3", "2": "4", "3": "5"}  # the label of one is the text of another
 LETTERS = "ABCDEFGHIJ"
+ARC = {"text": CITIES, "label": ["A", "B", "C", "D"]}
 
 
 def grade(text: str, gold: Any, options: Any = None) -> Any:
@@ -79,11 +77,23 @@ ASSERTED = {
         "The answer is B<|im_end|>",
         "The answer is \u200bＢ",
         "Final answer: 𝐁",
+        "The answer is B; A is wrong.",
+        "The answer is B. Actually, A and C fail.",
+        "The answer is (B) (A is wrong)",
+        "The answer is B. It contains no A.",
         "答案是B。",
         "答案：Ｂ",
         "【答案】B",
         "故选：B",
         "所以选B。",
+    ],
+    "corrected": [
+        "The answer is A. Wait, actually B.",
+        "The answer is A. Wait, no. B.",
+        r"\boxed{A}. Hmm, scratch that: it's (B).",
+        "The answer is A. Sorry, I meant B!",
+        "The answer is A (or rather, B).",
+        "The answer is A.\n\nActually, B is the answer.",
     ],
     "is_correct": ["Therefore option B is correct.", "B is the correct answer.", "Only B is correct."],
     "chosen": [
@@ -108,73 +118,39 @@ def test_what_asserts_b(rule: str, text: str) -> None:
     assert verdict.score == 1.0 and verdict.seconds > 0
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "A common mistake",
-        "The answer is A common thing",
-        "The answer is a matter of taste",
-        "The answer is a",
-        "I think",
-        "options A and B are wrong",
-        "Option A is incorrect",
-        "Neither A nor B is correct",
-        "It is not true that option A is correct",
-        "If option A is correct, then B fails.",
-        "the answer is not A",
-        "The answer isn't A.",
-        "The answer is neither A nor B",
-        "The answer is anything but (A)",
-        "The answer is not 17 (A)",
-        "The answer is A. Hmm, the answer is not A.",
-        "The answer is (A). That is wrong.",
-        r"\boxed{A} is wrong",
-        "Answer A is wrong",
-        "The answer is A or B",
-        "The answer is (A) or (B)",
-        "The answer is either A or B",
-        "The answer is A... or maybe B.",
-        "The answer is A (or B).",
-        "The answer is A and B",
-        "The answer is A, B",
-        "The answer is A/B",
-        r"\boxed{A, B}",
-        r"\boxed{A \text{ or } B}",
-        r"\boxed{A}, \boxed{B}",
-        r"\boxed{A} or \boxed{B}",
-        r"The answer is (A) but \boxed{}",
-        r"\boxed{A^2}",
-        r"\boxed{AB}",
-        "We choose A or B",
-        "Is the answer A?",
-        "The answer is A?",
-        "A is the correct answer? No.",
-        "If the answer is A, then x",
-        "The answer is A only if x > 0",
-        "The answer would be A if x > 0",
-        "I don't think the answer is A",
-        "One might think the answer is A",
-        "It would be wrong to say the answer is A.",
-        "The wrong answer is A",
-        "The least likely answer is A",
-        "The student's answer is A",
-        "My initial answer was A",
-        "The answer is A's claim",
-        "The answer is A-level",
-        "The answer is A = 5",
-        "(A) is tempting but wrong.",
-        "vitamin A is the best",
-        "This does not match option A.",
-        "Don't choose A.",
-        "Thus A is wrong.",
-        "答案不是A",
-        "不选A",
-        "答案是A或B",
-        "选项A错误",
-        "<think>The answer is A</think>\nI do not know",
-    ],
-)
+NOTHING = ["", "A common mistake", "The answer is A common thing", "The answer is a matter of taste"]
+NOTHING += ["The answer is a", "I think", "options A and B are wrong", "Option A is incorrect"]
+NOTHING += ["Neither A nor B is correct", "It is not true that option A is correct"]
+NOTHING += ["If option A is correct, then B fails.", "the answer is not A", "The answer isn't A."]
+NOTHING += ["The answer is neither A nor B", "The answer is anything but (A)", "The answer is not 17 (A)"]
+NOTHING += ["The answer is A. Hmm, the answer is not A.", "The answer is (A). That is wrong.", r"\boxed{A} is wrong"]
+NOTHING += ["Answer A is wrong", "The answer is A or B", "The answer is (A) or (B)", "The answer is either A or B"]
+NOTHING += ["The answer is A... or maybe B.", "The answer is A (or B).", "The answer is A and B"]
+NOTHING += ["The answer is A, B", "The answer is A/B", r"\boxed{A, B}", r"\boxed{A \text{ or } B}"]
+NOTHING += [r"\boxed{A}, \boxed{B}", r"\boxed{A} or \boxed{B}", r"\boxed{A} \boxed{B}", "$\\boxed{A}$\n$\\boxed{B}$"]
+NOTHING += [r"\boxed{C} \boxed{B} \boxed{A}", r"\boxed{(A)(B)}", "Answer: (A)(B)", "Answer: (A) (B)", "Answer: A; B"]
+NOTHING += ["Answer: A)B)C)", "The answer is A, A or B", "It is false that the answer is A"]
+NOTHING += ["It is untrue that the answer is (A).", "The answer is A. Wait, no."]
+NOTHING += ["The answer is A. Wait, actually C or D.", r"The answer is (A) but \boxed{}", r"\boxed{A^2}"]
+NOTHING += [r"\boxed{AB}", "We choose A or B", "Is the answer A?", "The answer is A?", "A is the correct answer? No."]
+NOTHING += ["If the answer is A, then x", "The answer is A only if x > 0", "The answer would be A if x > 0"]
+NOTHING += ["I don't think the answer is A", "One might think the answer is A"]
+NOTHING += ["It would be wrong to say the answer is A.", "The wrong answer is A", "The least likely answer is A"]
+NOTHING += ["The student's answer is A", "My initial answer was A", "The answer is A's claim"]
+NOTHING += ["The answer is A-level", "The answer is A = 5", "(A) is tempting but wrong.", "vitamin A is the best"]
+NOTHING += [
+    "This does not match option A.",
+    "Don't choose A.",
+    "Thus A is wrong.",
+    "答案不是A",
+    "不选A",
+    "答案是A或B",
+    "选项A错误",
+]
+NOTHING += ["<think>The answer is A</think>\nI do not know"]
+
+
+@pytest.mark.parametrize("text", NOTHING)
 def test_what_asserts_nothing(text: str) -> None:
     assert grade(text, "A").status == "no_answer"
     assert grade(text, "B").status in ("no_answer", "wrong")
@@ -188,6 +164,9 @@ def test_what_asserts_nothing(text: str) -> None:
         ("Let me think.\nParis", CITIES, "B"),
         (r"\boxed{\text{Paris}}", CITIES, "B"),
         ("The answer is Paris (B).", CITIES, "B"),
+        ("The answer is London. Wait, actually Paris.", CITIES, "B"),
+        (r"\boxed{A. London} \boxed{B. Paris}", CITIES, None),
+        ("Answer: (A) (B) and C", ["(B) and C", "x", "y"], "A"),
         ("The answer is Paris (A).", CITIES, None),
         ("The answer is (B) London", CITIES, None),
         ("The answer is Paris or Rome", CITIES, None),
@@ -239,15 +218,28 @@ def test_a_label_that_the_options_do_not_have_is_no_answer() -> None:
         (1, CITIES, "B"),
         ("Paris", CITIES, "B"),
         ("paris.", {"a": "London", "b": "Paris"}, "B"),
-        ("2", CITIES, "2"),
+        ("0", CITIES, "A"),
+        ("2", CITIES, "C"),
+        ("3", CITIES, "D"),
         ("2", NUMBERED, "2"),
+        ("0", {"0": "x", "1": "y"}, "0"),
+        (1, {"0": "x", "1": "y"}, "1"),
         ("9", ["2", "9"], "B"),
+        ("1", ["0", "1", "2"], "B"),
+        ("1", ["1", "2", "1"], "B"),  # no one option's text
+        ("2", ["2", "1"], "A"),
+        ("C", ARC, "C"),
+        (2, ARC, "C"),
+        ("rome", ARC, "C"),
+        ("2", {"text": ["slower", "faster"], "label": ["1", "2"]}, "2"),
+        ("2", {"text": ["slower", "faster"], "label": [1, 2]}, "2"),
         ("faster", NUMBERED, "2"),
     ],
 )
 def test_golds(gold: Any, options: Any, label: str) -> None:
     verdict = grade(f"The answer is ({label}).", gold, options)
     assert (verdict.status, verdict.answer) == ("right", label)
+    assert grade(f"The answer is ({label}).", json.dumps({"gold": gold, "options": options})).status == "right"
 
 
 @pytest.mark.parametrize(
@@ -265,7 +257,27 @@ def test_golds(gold: Any, options: Any, label: str) -> None:
         (None, CITIES),
         (1.0, CITIES),
         (2, NUMBERED),  # the third, or the one called 2?
-        ("2", ["2", "1"]),  # the text of one, the number of the other
+        ("1", ["1", "2", "3"]),  # the text of one, the index of another
+        ("4", CITIES),
+        ("-1", CITIES),
+        ("(2)", CITIES),
+        ("{C}", None),
+        ('{"gold": "C"', None),
+        ('{"gold": "C"} x', None),
+        ("{" * 5000, None),
+        ('{"a":' * 50_000, None),
+        ("{C}", CITIES),
+        (["A"], CITIES),
+        ({"A": "B"}, None),
+        ([], None),
+        (3, None),
+        ("A", [None, "x"]),
+        ("A", {"A": ["x"], "B": "y"}),
+        ("A", [10**5000, "x"]),
+        ("A", [float("nan"), "x"]),
+        ("A", {"text": ["x", "y"], "label": ["A"]}),
+        ("A", {"text": ["x", "y"], "label": ["A", "A"]}),
+        ("A", {"text": "xy", "label": "AB"}),
         ("x", ["x", "x"]),
         ("A", []),
         ("A", "abc"),
@@ -281,141 +293,18 @@ def test_a_gold_that_is_no_option_is_a_bad_gold(gold: Any, options: Any) -> None
     assert verdict.status == "bad_gold" and verdict.score is None and verdict.rule
 
 
+@pytest.mark.parametrize("completion", [None, 3, ["A"], b"A", float("nan")])
+def test_a_completion_that_is_no_text_is_no_answer(completion: Any) -> None:
+    verdict = grade(completion, "A")
+    assert (verdict.status, verdict.answer, verdict.score) == ("no_answer", None, 0.0)
+
+
 def test_a_grader_like_the_others() -> None:
     with ChoiceGrader(workers=4, deadline=1.0) as grader:
         assert [v.status for v in grader.grade(["A", "A"], ["A", "B"])] == ["right", "wrong"]
         assert grader.grade([], []) == []
         with pytest.raises(ValueError, match="zip"):
             grader.grade(["A"], [])
-
-
-# --- real rows -----------------------------------------------------------------------------------------------------
-BY_LABEL = [
-    "The answer is ({l}).",
-    "The answer is {l}.",
-    "Answer: {l}",
-    "Answer: {l}. {t}",
-    "So\n**Answer:** ({l}) {t}",
-    "thinking... \\boxed{{{l}}}",
-    "\\boxed{{\\text{{({l})}}}}",
-    "Reasoning.\n{l}",
-    "Reasoning.\n({l}) {t}",
-    "{l}. {t}",
-    "Therefore, option {l} is correct.",
-    "I would choose ({l}).",
-    "答案是{l}。",
-    "A common mistake is to pick another. The correct answer is ({l}) because I think so.",
-    "The best answer is {l}, not ({w}).",
-    "One might think the answer is ({w}), but the answer is ({l}).",
-    "The answer is ({w}). Wait, that is wrong. The answer is ({l}).",
-    "<think>the answer is ({w})</think>\nFinal answer: {l}",
-    "Option ({w}) is wrong.\n\n#### {l}",
-    "The correct option is {l}: {t}",
-]
-BY_TEXT = ["The answer is {t}.", "The answer is {t}", "Reasoning here.\n{t}", "\\boxed{{{t}}}", "Answer: **{t}**"]
-BY_NOTHING = [
-    "I do not know.",
-    "The answer is not ({l}).",
-    "The answer is ({l}) or ({w}).",
-    "Options ({l}) and ({w}) are wrong.",
-    "If the answer is ({l}), then",
-]
-Question = tuple[list[str], str, int, dict[str, Any]]
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
-
-
-def mmlu_pro(data: Path) -> list[Question]:
-    rows = read(data / "mmlu_pro" / "test.jsonl.gz")
-    return [
-        (r["options"], LETTERS, LETTERS.index(r["answer"]), {"gold": r["answer"], "options": r["options"]})
-        for r in rows
-    ]
-
-
-def mmlu_redux(data: Path) -> list[Question]:
-    rows = read(data / "mmlu_redux" / "test.jsonl")
-    return [
-        (r["choices"], LETTERS, int(r["answer"]), {"gold": int(r["answer"]), "options": r["choices"]}) for r in rows
-    ]
-
-
-def arc_challenge(data: Path) -> list[Question]:
-    found = []
-    for row in read(data / "arc_challenge" / "test.jsonl"):
-        options = dict(re.findall(r"^([A-E1-5])\) (.*)$", row["prompt"], re.M))
-        labels = "".join(options)
-        gold = {"gold": row["answer"], "options": options}
-        found.append((list(options.values()), labels, labels.index(row["answer"]), gold))
-    return found
-
-
-def phrases(question: Question, draw: random.Random) -> list[tuple[str, str]]:
-    """Responses to a question, with the status that each must get."""
-    options, labels, right, _ = question
-    wrong = draw.choice([i for i in range(len(options)) if i != right])
-    words = [_worded(plain(option)).casefold() for option in options]
-    found = []
-    for told, other, status in ((right, wrong, "right"), (wrong, right, "wrong")):
-        values = {"l": labels[told], "w": labels[other], "t": options[told].strip()}
-        found += [(form.format(**values), status) for form in BY_LABEL]
-        unclear = words.count(words[told]) > 1 or re.fullmatch(r"\(?(?:[a-j]|[0-9]{1,2})\)?|", words[told])
-        unbalanced = options[told].count("{") != options[told].count("}")
-        if not unclear:
-            forms = [form for form in BY_TEXT if not (unbalanced and "boxed" in form)]
-            found += [(form.format(**values), status) for form in forms]
-    found += [(form.format(l=labels[right], w=labels[wrong]), "no_answer") for form in BY_NOTHING]
-    return found
-
-
-def check(questions: list[Question]) -> int:
-    draw, grader, graded = random.Random(0), ChoiceGrader(), 0
-    for question in questions:
-        told = phrases(question, draw)
-        verdicts = grader.grade([text for text, _ in told], [question[3]] * len(told))
-        for (text, status), verdict in zip(told, verdicts, strict=True):
-            assert verdict.status == status, (text, question, verdict)
-        graded += len(told)
-    return graded
-
-
-@pytest.mark.parametrize(("benchmark", "step"), [(mmlu_pro, 40), (mmlu_redux, 20), (arc_challenge, 5)])
-def test_a_spread_of_real_rows(shared_data: Path, benchmark: Any, step: int) -> None:
-    assert check(benchmark(shared_data)[::step]) > 9_000
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("benchmark", "rows"), [(mmlu_pro, 12_032), (mmlu_redux, 5_700), (arc_challenge, 1_172)])
-def test_every_real_row(shared_data: Path, benchmark: Any, rows: int) -> None:
-    questions = benchmark(shared_data)
-    assert len(questions) == rows
-    check(questions)
-
-
-def test_a_row_whose_letter_is_not_its_index(shared_data: Path) -> None:
-    (row,) = [r for r in read(shared_data / "mmlu_pro" / "test.jsonl.gz") if r["question_id"] == 3983]
-    assert row["options"][row["answer_index"]] == "P—Cl"
-    assert grade("The answer is N—H.", row["answer"], row["options"]).status == "right"
-    assert grade("The answer is P—Cl.", row["answer"], row["options"]).status == "wrong"
-
-
-def test_numbered_rows_of_arc(shared_data: Path) -> None:
-    numbered = [q for q in arc_challenge(shared_data) if q[1][0] == "1"]
-    assert len(numbered) == 22
-    check(numbered)
-    for options, _, right, gold in numbered:
-        given = [grade(f"The answer is ({LETTERS[i]}).", gold["gold"], gold["options"]) for i in range(len(options))]
-        assert [v.status == "right" for v in given] == [i == right for i in range(len(options))]
-
-
-def test_adversarial_cases(shared_data: Path) -> None:
-    cases = [c for c in read(shared_data / "adversarial_math" / "cases.jsonl") if c["category"] == "mcq"]
-    verdicts = ChoiceGrader().grade([c["response"] for c in cases], [c["gold"] for c in cases])
-    assert len(cases) >= 5 and [v.status == "right" for v in verdicts] == [c["expected"] for c in cases]
 
 
 # --- junk ----------------------------------------------------------------------------------------------------------
@@ -462,14 +351,8 @@ def test_junk_never_raises_and_never_asserts_another_label() -> None:
 def test_hostile_text_takes_no_longer_than_its_length() -> None:
     options = ["x" * 4000, "answer is " * 400, "\\text{" * 600, "(A) or " * 500]
     hard = ["\\boxed{" * 3000, "{" * 20_000, "\\boxed{" * 1400 + "}" * 9000, "answer is " * 2000, "the most " * 2000]
-    hard += [
-        "\\boxed{A}, " * 2000,
-        "**A" * 7000,
-        "or A " * 4000,
-        "ﷺ" * 20_000,
-        "x" * 10_000_000,
-        "answer is " * 1_000_000,
-    ]
+    hard += ["\\boxed{A}, " * 2000, "\\boxed{A} " * 2000, "**A" * 7000, "or A " * 4000, "A, " * 6000, "(A)(B)" * 3000]
+    hard += ["ﷺ" * 20_000, "x" * 10_000_000, "answer is " * 1_000_000, "wait, " * 4000, "no. actually " * 1500]
     hard += ["answer " + (a + b) * 10_000 for a in "`*_$ \n\t(A#<>选.,'" for b in ("", " ", "A", ".", "*")]
     for text in hard:
         for gold in ("A", {"gold": "A", "options": options}):

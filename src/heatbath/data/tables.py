@@ -15,6 +15,7 @@ from heatbath.data.contamination import Contaminated, contamination_note, read_p
 from heatbath.data.rows import Row, Splits, split_by_content
 from heatbath.errors import DataError
 from heatbath.sections import DeepMathData, Fields, FilesData, HubData
+from heatbath.verify.choice import read_options
 
 Record = tuple[dict[str, Any], str]  # what the table holds, and where
 NEEDS = {"demos": "solution", "validation": "solution", "prompts": "answer", "test": "answer"}
@@ -232,7 +233,8 @@ def _rows(record: dict[str, Any], where: str, fields: Fields, need: tuple[str, .
         )
     answer = _gold(record, fields, where)
     if "answer" in need and answer is None:
-        raise _missing(record, fields.tests or fields.answer, "answer", where)
+        name, what = (fields.answer, "answer") if fields.tests is None else (fields.tests, "tests")
+        raise _missing(record, name, what, where)
     if fields.options is not None:
         options = _options(record, fields.options, where)
         question = "\n".join([question, *(f"{label}. {text}" for label, text in options.items())])
@@ -256,23 +258,30 @@ def _gold(record: dict[str, Any], fields: Fields, where: str) -> str | None:
     """The gold answer as one text: JSON where it is more than an answer."""
     if fields.tests is not None:
         tests = record if fields.tests == "*" else record.get(fields.tests)
+        tests = {"test_list": tests} if isinstance(tests, list) and tests else tests  # assertions, as in MBPP
         return None if not tests else tests if isinstance(tests, str) else json.dumps(tests)
     answer = _text(record.get(fields.answer), fields.answer, where)
     if answer is not None and fields.answer_after is not None:
         answer = _after(answer, fields.answer_after, where)
     if answer is not None and fields.options is not None:
-        return json.dumps({"gold": answer, "options": _options(record, fields.options, where)}, ensure_ascii=False)
+        options = _options(record, fields.options, where)
+        unlabelled = isinstance(record[fields.options], list)  # among which an int is an index from 0
+        indexed = isinstance(record[fields.answer], int) and fields.answer_after is None
+        gold = {
+            "gold": record[fields.answer] if indexed else answer,
+            "options": [*options.values()] if unlabelled else options,
+        }
+        return json.dumps(gold, ensure_ascii=False)
     return answer
 
 
 def _options(record: dict[str, Any], name: str, where: str) -> dict[str, str]:
     """The options of a question by their labels; a list of texts is labelled A, B, C, …"""
-    options = record.get(name)
-    if isinstance(options, list) and options and len(options) <= len(string.ascii_uppercase):
-        options = dict(zip(string.ascii_uppercase, options, strict=False))
-    if not isinstance(options, dict) or not all(isinstance(text, str | int | float) for text in options.values()):
+    labels, texts = read_options(record.get(name)) or (None, ())
+    options = dict(zip(string.ascii_uppercase if labels is None else labels, texts, strict=False))
+    if not options or len(options) < len(texts):
         raise DataError(f"'{name}' holds no options", where, "a list of texts, or an object of texts by label")
-    return {str(label): str(text) for label, text in options.items()}
+    return options
 
 
 def _numbers(record: dict[str, Any], name: str, where: str) -> float | list[float]:

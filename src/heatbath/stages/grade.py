@@ -1,8 +1,8 @@
 """Verdicts for the rows of a file: JSON lines in, the same rows with their verdicts out, in the same order.
 
 IN holds objects with a text `response` and the field `gold` (kind `code`: `tests`; kind `choice`: also `options`). OUT
-gets one line for each line of IN that is not blank: the row with `score status answer rule seconds` added, or replaced
-where it had them. A line that cannot be graded because of what it holds is `refused` with no score and a rule that
+gets one line for each line of IN that is not blank: the row with `score status answer rule seconds` added. A former
+verdict is replaced; a field of the row's own that has one of these names is kept as `answer_given`, and so on. A line that cannot be graded because of what it holds is `refused` with no score and a rule that
 begins with `unreadable: `; where it is no JSON object at all, its line number in IN (`row`) stands for its content.
 
 An OUT that is there is gone on with: its rows must be the first ones of IN. A last line that a kill has cut off is
@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, get_args
 
 from filelock import FileLock, Timeout
 
-from heatbath.errors import DataError, RecipeError, RunError
+from heatbath.errors import DataError, HeatbathError, RecipeError, RunError
 from heatbath.progress import Progress
 from heatbath.run import write_atomically
 from heatbath.verify.graders import Grader, Kind, grader
@@ -85,11 +85,18 @@ class Row:
 
     def with_verdict(self, verdict: Verdict | None) -> dict[str, Any]:
         """The row of OUT."""
-        row = {"row": self.number} if self.data is None else {k: v for k, v in self.data.items() if k not in FIELDS}
+        row = {"row": self.number} if self.data is None else self._kept(self.data)
         if verdict is None:
             verdict = Verdict("refused", None, f"{UNREADABLE}{self.reason}")
             return row | {"score": None, **asdict(verdict)}
         return row | {"score": verdict.score, **asdict(verdict)}
+
+    @staticmethod
+    def _kept(data: dict[str, Any]) -> dict[str, Any]:
+        """The row's own fields. One that has a verdict's name is kept as `answer_given`, …; a former verdict is not."""
+        if all(field in data for field in FIELDS):
+            return {k: v for k, v in data.items() if k not in FIELDS}
+        return {f"{k}_given" if k in FIELDS else k: v for k, v in data.items()}
 
 
 def run_grade(grading: Grading, progress: Progress) -> dict[str, Any]:
@@ -99,13 +106,11 @@ def run_grade(grading: Grading, progress: Progress) -> dict[str, Any]:
     with ExitStack() as stack:
         source = sys.stdin.buffer if grading.source == "-" else stack.enter_context(Path(grading.source).open("rb"))
         rows = read_rows(source, grading.kind)
+        judge = stack.enter_context(_judge(grading))  # before the output is opened, which may empty it
         sink = sys.stdout.buffer if grading.out == "-" else stack.enter_context(_opened(grading, rows, summary))
         known = grading.source != "-" and Path(grading.source).is_file()
         total = _count_lines(Path(grading.source)) if known else 0
         stack.enter_context(progress.bar(f"grade {grading.kind}", total) if known else nullcontext())
-        kind: Any = grading.kind
-        judge = grader(kind, profile=grading.profile, workers=grading.workers, deadline=grading.deadline)
-        stack.enter_context(judge)
         size = 16
         while batch := _take(rows, size):
             started = time.monotonic()
@@ -119,6 +124,18 @@ def run_grade(grading: Grading, progress: Progress) -> dict[str, Any]:
             # halved or doubled with the time the last batch took, so that neither a kill nor the writing costs much
             size = max(size // 2, 16) if time.monotonic() - started > BATCH_SECONDS else min(size * 2, 2048)
     return summary.as_dict(grading)
+
+
+def _judge(grading: Grading) -> Grader:
+    """The grader; raises RecipeError where there is none that grades so."""
+    kind: Any = grading.kind
+    try:
+        return grader(kind, profile=grading.profile, workers=grading.workers, deadline=grading.deadline)
+    except HeatbathError as error:
+        raise RecipeError(error.what, error.where, error.remedy) from None
+    except ValueError as error:
+        how = f"--kind {grading.kind} --workers {grading.workers} --deadline {grading.deadline:g}"
+        raise RecipeError(str(error), how, "give other values") from None
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -171,6 +188,8 @@ def _gold(data: dict[str, Any], kind: str) -> tuple[Any, str | None]:
     if isinstance(gold, bool) or not isinstance(gold, str | int | float):
         whole = kind == "choice" and isinstance(gold, Mapping)
         return (gold, None) if whole else (None, f"'gold' is {_type(gold)}, not a text or a number")
+    if isinstance(gold, float) and not math.isfinite(gold):
+        return None, f"'gold' is {gold}, not a finite number"
     if kind == "choice":
         return ({"gold": gold, "options": data["options"]} if data.get("options") is not None else gold), None
     return _encodable(str(gold)), None
