@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from heatbath.errors import RunError
 from heatbath.verify import code, sandbox
 from heatbath.verify.code import BUBBLEWRAP, UNISOLATED, CodeGrader, available, find_programs
 from heatbath.verify.code_tests import BadGoldError, read_tests
@@ -35,12 +36,23 @@ def grader() -> Iterator[CodeGrader]:
     reason = available(BUBBLEWRAP)
     if reason:
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    with CodeGrader(deadline=3.0, memory_gib=0.5) as made:
+    with CodeGrader(deadline=1.0, memory_gib=0.5) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def roomy(grader: CodeGrader) -> Iterator[CodeGrader]:
+    with CodeGrader() as made:  # HumanEval/15 and /130 have values of some 10 MB
         yield made
 
 
 def verdict(grader: CodeGrader, program: str, gold: Any = SUMS) -> Verdict:
     return grader.grade([fenced(program)], [gold])[0]
+
+
+def verdicts(grader: CodeGrader, pairs: Iterable[tuple[str, Any]]) -> list[Verdict]:
+    programs, golds = zip(*pairs, strict=True)
+    return grader.grade([fenced(program) for program in programs], golds)
 
 
 # Programs that cheat, hang or fight ----------------------------------------------------------------------------------
@@ -82,9 +94,9 @@ FAILING = {
     "forged junk": (
         "import os\ndef f(a, b):\n    os.write(3, b'\\xff[[[\\n' * 99)\n    os._exit(0)", "wrong", "unreadable"),
     "forged depth": (
-        "import os\ndef f(a, b):\n    os.write(3, b'[' * 10**6 + b'\\n')\n    os._exit(0)", "wrong", "unreadable"),
+        "import os\ndef f(a, b):\n    os.write(3, b'[' * 10**4 + b'\\n')\n    os._exit(0)", "wrong", "unreadable"),
     "forged hash collisions": (
-        "import os\ndef f(a, b):\n    s = ','.join('[\"i\",\"%x\"]' % (i * (2**61 - 1)) for i in range(10**5))\n"
+        "import os\ndef f(a, b):\n    s = ','.join('[\"i\",\"%x\"]' % (i * (2**61 - 1)) for i in range(2000))\n"
         "    os.write(3, ('[\"value\",0,[\"s\",%s]]\\n' % s).encode())\n    os._exit(0)", "wrong", "unreadable"),
     "polluted output": (
         "print('[\"value\", 0, 3]' * 1000)\ndef f(a, b):\n    print('\\0E' * 999); return 8", "wrong", "wrong value"),
@@ -96,12 +108,11 @@ FAILING = {
     "reads the gold from the runner": (
         "import gc\ndef f(a, b):\n    seen = [o for o in gc.get_objects() if isinstance(o, dict) and 'outputs' in o]\n"
         "    return seen[0]['outputs'][0]", "wrong", "raised IndexError"),
-    "infinite loop": ("def f(a, b):\n    while True: pass", "timeout", "no end within 3"),
-    "huge power": ("def f(a, b): return 10**10**9", ("timeout", "crashed"), ""),
+    "infinite loop": ("def f(a, b):\n    while True: pass", "timeout", "no end within 1"),
     "sleep": ("import time\ntime.sleep(999)", "timeout", "before the first"),
     "memory": ("def f(a, b): return [bytes(10**8) for _ in range(99)]", "crashed", "out of memory"),
     "segmentation fault": ("import ctypes\ndef f(a, b): ctypes.string_at(0)", "crashed", "killed by signal 11"),
-    "kill -1": ("import os\ndef f(a, b): os.kill(-1, 9)", "crashed", "the sandbox was killed"),
+    "kill -1": ("import os\ndef f(a, b): os.kill(-1, 9)", "wrong", "raised ProcessLookupError"),
     "10 GB of output": (
         "def f(a, b):\n    for _ in range(10**4): print('x' * 10**6)\n    return a + b", "refused", "output"),
     "fork bomb": (
@@ -148,6 +159,7 @@ RIGHT = {
     "counter": (
         "from collections import Counter as f",
         {"entry_point": "f", "inputs": [["aab"]], "outputs": [{"a": 2, "b": 1}]}),
+    "a compatible name": ("def ﬁ(x): return x", {"entry_point": "\ufb01", "inputs": [[1]], "outputs": [1]}),
     "large integer": (
         "def f(n): return 10**n", {"entry_point": "f", "inputs": [[9999]], "reference": "def f(n): return 10**n"}),
     "input is changed": (
@@ -165,11 +177,9 @@ RIGHT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RIGHT)
-def test_a_right_program(grader: CodeGrader, name: str) -> None:
-    program, gold = RIGHT[name]
-    got = verdict(grader, program, gold)
-    assert got.status == "right" and got.score == 1.0, got
+def test_right_programs(roomy: CodeGrader) -> None:
+    found = zip(RIGHT, verdicts(roomy, RIGHT.values()), strict=True)
+    assert [(name, got) for name, got in found if got.status != "right" or got.score != 1.0] == []
 
 
 WRONG = {
@@ -187,10 +197,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_program(grader: CodeGrader, name: str) -> None:
-    program, gold = WRONG[name]
-    assert verdict(grader, program, gold).status == "wrong"
+def test_wrong_programs(roomy: CodeGrader) -> None:
+    found = zip(WRONG, verdicts(roomy, WRONG.values()), strict=True)
+    assert [(name, got) for name, got in found if got.status != "wrong"] == []
 
 
 ASSERTIONS = [  # the program, the assertion, the status
@@ -235,13 +244,10 @@ ASSERTIONS = [  # the program, the assertion, the status
 ]
 
 
-@pytest.mark.parametrize(("program", "assertion", "status"), ASSERTIONS, ids=[row[1][:40] for row in ASSERTIONS])
-def test_an_assertion_is_judged_without_the_program(
-    grader: CodeGrader, program: str, assertion: str, status: str
-) -> None:
-    got = verdict(grader, program, {"test_list": [assertion]})
-    assert got.status == status and got.rule, got
-    assert (got.score is None) == (status == "bad_gold")
+def test_assertions_are_judged_without_the_program(roomy: CodeGrader) -> None:
+    found = verdicts(roomy, [(program, {"test_list": [assertion]}) for program, assertion, _ in ASSERTIONS])
+    assert [got.status for got in found] == [status for _, _, status in ASSERTIONS]
+    assert all(got.rule and (got.score is None) == (got.status == "bad_gold") for got in found)
 
 
 def test_assertions_may_have_a_setup_of_the_programs_own_classes(grader: CodeGrader) -> None:
@@ -262,6 +268,10 @@ BAD_GOLDS = {
     "neither outputs nor reference": {"entry_point": "f", "inputs": [[1]]},
     "no entry point": {"inputs": [[1]], "outputs": [1]},
     "entry point is code": {**SUMS, "entry_point": "f; import os"},
+    "entry point is a keyword": {**SUMS, "entry_point": "clas\uff53"},
+    "inputs are a number": {**SUMS, "inputs": 5},
+    "base_input is a number": {"task_id": "Mbpp/3", "base_input": 5, "plus_input": 6},
+    "atol beyond floats": {**SUMS, "atol": 10**400},
     "input is an object": {**SUMS, "inputs": [[object()]] * 3},
     "negative atol": {**SUMS, "atol": -1},
     "atol is text": {**SUMS, "atol": "1"},
@@ -316,13 +326,12 @@ COMPLETIONS = {  # completion, the rule of the program that is run (None: no ans
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", COMPLETIONS)
-def test_the_program_in_a_completion(grader: CodeGrader, name: str) -> None:
-    completion, rule, right = COMPLETIONS[name]
+def test_the_program_in_a_completion(roomy: CodeGrader) -> None:
     gold = {"entry_point": "f", "prompt": PROMPT, "inputs": [[2], [5]], "outputs": [4, 10]}
-    [got] = grader.grade([completion], [gold])
-    assert got.status == ("no_answer" if rule is None else "right" if right else "wrong"), got
-    assert (rule or "no code") in got.rule and (rule is None) == (got.answer is None)
+    found = roomy.grade([completion for completion, _, _ in COMPLETIONS.values()], [gold] * len(COMPLETIONS))
+    for got, (name, (_, rule, right)) in zip(found, COMPLETIONS.items(), strict=True):
+        assert got.status == ("no_answer" if rule is None else "right" if right else "wrong"), (name, got)
+        assert (rule or "no code") in got.rule and (rule is None) == (got.answer is None), (name, got)
 
 
 def test_without_a_prompt_text_that_defines_nothing_is_no_answer() -> None:
@@ -373,19 +382,6 @@ def test_a_starved_program_is_tried_again_alone(grader: CodeGrader, monkeypatch:
     assert verdict(grader, ADD).status == "right" and len(runs) == 2
 
 
-def test_a_program_that_computed_all_the_time_is_not_tried_again(
-    grader: CodeGrader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs, busy = [], sandbox.Case("deadline", 9, 3.0, 3.0, b'["program", 0]\n["loaded"]\n', b"")
-
-    def counted(job: Any, limits: Any, isolation: str) -> sandbox.Outcome:
-        runs.append(job)
-        return sandbox.Outcome((busy,), complete=True)
-
-    monkeypatch.setattr(sandbox, "run", counted)
-    assert verdict(grader, ADD).status == "timeout" and len(runs) == 1
-
-
 def in_a_fork(grader: CodeGrader, connection: Any) -> None:
     connection.send(verdict(grader, ADD).status)
 
@@ -417,17 +413,18 @@ def test_without_bubblewrap_everything_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_weak_level_says_so_in_every_verdict() -> None:
-    weak = CodeGrader(isolation=UNISOLATED, deadline=3.0)
+    weak = CodeGrader(isolation=UNISOLATED, deadline=1.0)
     assert verdict(weak, ADD).rule.startswith("not isolated: 3 of 3 inputs right")
     assert verdict(weak, "def f(a, b):\n    while True: pass").status == "timeout"
-    with pytest.raises(ValueError, match="run model code as my own user"):
+    with pytest.raises(RunError, match="run model code as my own user"):
         CodeGrader(isolation="none")
 
 
-@pytest.mark.parametrize("settings", [{"workers": 0}, {"deadline": 0}, {"deadline": 100}, {"memory_gib": 0}])
+@pytest.mark.parametrize("settings", [{"workers": 0}, {"deadline": 0}, {"deadline": 601}, {"memory_gib": 0}])
 def test_settings_are_checked(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(RunError, match=r"remedy: give it"):
         CodeGrader(**settings)
+    assert CodeGrader(deadline=600).deadline == 600
 
 
 def test_as_many_golds_as_completions(grader: CodeGrader) -> None:
@@ -463,36 +460,33 @@ def spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PLUS)
-def test_canonical_solutions_are_right(grader: CodeGrader, shared_data: Path, name: str, full: bool) -> None:
+def test_canonical_solutions_are_right(roomy: CodeGrader, shared_data: Path, name: str, full: bool) -> None:
     rows = rows_of(shared_data, PLUS[name])
     assert len(rows) == {"humaneval": 164, "mbpp": 378}[name]
     rows = rows if full else spread(rows)
-    with CodeGrader() as roomy:  # HumanEval/15 and /130 have values of some 10 MB
-        verdicts = (roomy if full else grader).grade([solution(row) for row in rows], rows)
-    failed = [(row["task_id"], got) for row, got in zip(rows, verdicts, strict=True) if got.status != "right"]
+    found = roomy.grade([solution(row) for row in rows], rows)
+    failed = [(row["task_id"], got) for row, got in zip(rows, found, strict=True) if got.status != "right"]
     assert not failed and len(rows) >= 20
 
 
-@pytest.mark.parametrize("name", PLUS)
-def test_canonical_solutions_with_a_fault_are_wrong(grader: CodeGrader, shared_data: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [pytest.param("humaneval", marks=pytest.mark.slow), "mbpp"])
+def test_canonical_solutions_with_a_fault_are_wrong(roomy: CodeGrader, shared_data: Path, name: str) -> None:
     """The first return gives another value: a text around it."""
     rows = [row for row in spread(rows_of(shared_data, PLUS[name])) if "return " in row["canonical_solution"]]
     faulty = [re.sub(r"return (.+)", r"return [str(\1)]", solution(row)) for row in rows]
-    verdicts = grader.grade(faulty, rows)
-    passed = [(row["task_id"], got) for row, got in zip(rows, verdicts, strict=True) if got.status == "right"]
+    found = roomy.grade(faulty, rows)
+    passed = [(row["task_id"], got) for row, got in zip(rows, found, strict=True) if got.status == "right"]
     # "matched or not" asks only whether there is a value
-    assert [task for task, _ in passed if task != "Mbpp/737"] == [] and len(rows) >= 20
+    assert [task for task, _ in passed if task != "Mbpp/737"] == [] and len(rows) >= 10
 
 
-@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["sanitized", "mbpp"])
-def test_mbpp_assertions(grader: CodeGrader, shared_data: Path, name: str, full: bool) -> None:
-    rows = rows_of(shared_data, f"mbpp/{name}.jsonl")
-    rows = rows if full else spread(rows)
-    with CodeGrader() as roomy:
-        verdicts = (roomy if full else grader).grade([fenced(row["code"]) for row in rows], rows)
-    failed = [(row["task_id"], got) for row, got in zip(rows, verdicts, strict=True) if got.status != "right"]
-    assert not failed and len(rows) >= 20
+@pytest.mark.parametrize("name", ["spread", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sanitized", "mbpp"))])
+def test_mbpp_assertions(roomy: CodeGrader, shared_data: Path, name: str) -> None:
+    rows = rows_of(shared_data, f"mbpp/{name.replace('spread', 'mbpp')}.jsonl")
+    rows = spread(rows) if name == "spread" else rows
+    found = roomy.grade([fenced(row["code"]) for row in rows], rows)
+    failed = [(row["task_id"], got) for row, got in zip(rows, found, strict=True) if got.status != "right"]
+    assert not failed and len(rows) >= 10
 
 
 def test_humaneval_without_plus_is_refused_by_name(shared_data: Path) -> None:

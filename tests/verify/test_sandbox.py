@@ -11,17 +11,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from heatbath.verify import inside, sandbox
+from heatbath.verify import code, inside, sandbox
+from heatbath.verify.code import CodeGrader
 from heatbath.verify.code_tests import read_tests, same
 from heatbath.verify.inside import NotPlainError, decode, encode
 from heatbath.verify.sandbox import BUBBLEWRAP, UNISOLATED, Limits
 
-SECONDS = 3.0
+SECONDS = 1.0
 HANG = 60.0  # no attack may hold the caller for longer
 
 
@@ -103,6 +105,11 @@ UNREACHABLE = {
     "system settings": "open('/proc/sys/kernel/hostname', 'w')",
     "the runner's pipe": "open('/proc/%d/fd/1' % os.getppid(), 'w')",
     "the runner's memory": "open('/proc/%d/mem' % os.getppid(), 'rb').read(1)",
+    "the first process's memory": "open('/proc/1/mem', 'r+b', buffering=0)",
+    "the first process's memory, read": "open('/proc/1/mem', 'rb', buffering=0)",
+    "the first process's job and secret": "open('/proc/1/fd/0', 'rb')",
+    "the first process's frames": "open('/proc/1/fd/1', 'wb')",
+    "the first process's system call": "open('/proc/1/syscall').read()",
     "a process of the host": f"os.kill({os.getpid()}, 0) if os.getppid() < 100 else None",
     "new namespace": "os.getuid() and subprocess.run(['unshare', '-U', 'true'], check=True)",
     "become root": "os.setuid(0)",
@@ -119,8 +126,6 @@ def test_the_host_is_out_of_reach(bubblewrap: str, name: str) -> None:
 
 
 ATTACKS = {  # program, and how it may end
-    "infinite loop": ("while True: pass", {"deadline"}),
-    "sleep": ("import time; time.sleep(1000)", {"deadline"}),
     "huge power": ("10**10**9", {"deadline", "memory"}),
     "infinite generator": ("import itertools; list(itertools.count())", {"memory", "deadline", "exit"}),
     "10 GB of output": ("import os\n    for _ in range(10**4): os.write(1, b'x' * 10**6)", {"output"}),
@@ -154,8 +159,9 @@ def test_an_attack_ends_without_a_value(bubblewrap: str, name: str) -> None:
 SABOTAGE = {  # these end, stop or flood the runner too
     "fork bomb": "import os\n    while True:\n        try: os.fork()\n        except OSError: pass",
     "threads": "import threading, time\n    while True: threading.Thread(target=time.sleep, args=(999,)).start()",
-    "kill every process": "import os; os.kill(-1, 9)",
-    "stop the runner": "import os, signal; os.kill(os.getppid(), signal.SIGSTOP)",
+    "kill every process": "import os\n    if os.fork() == 0: os.kill(-1, 9)\n    import time; time.sleep(9)",
+    "orphans without end": "import os\n    while True:\n        try:\n            if os.fork(): os._exit(0)"
+    "\n        except OSError: pass",
     "daemon": (
         "import os, time\n    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0: time.sleep(999)"
         "\n        os._exit(0)\n    os._exit(0)"
@@ -175,6 +181,12 @@ def test_sabotage_is_over_when_run_returns(bubblewrap: str, name: str) -> None:
     assert result("def f(): return 42").count('["value", 0, 42]') == 1  # and the next program runs as ever
 
 
+def test_no_signal_of_a_program_reaches_the_runner(bubblewrap: str) -> None:
+    signals = "for n in range(1, 65):\n        if n not in (32, 33): os.kill(1, n)"
+    others = "[p for p in os.listdir('/proc') if p.isdigit() and p != str(os.getpid())]"
+    assert '["value", 0, ["l", "1"]]' in result(f"import os\ndef f():\n    {signals}\n    return {others}")
+
+
 def test_nothing_survives_the_death_of_the_caller(bubblewrap: str) -> None:
     script = (
         f"from heatbath.verify import sandbox\ntext = sandbox._inside() + {MARK!r}\nsandbox._inside = lambda: text\n"
@@ -184,10 +196,22 @@ def test_nothing_survives_the_death_of_the_caller(bubblewrap: str) -> None:
     ends_at = time.monotonic() + HANG
     while len(processes()) < 4 and time.monotonic() < ends_at:
         time.sleep(0.1)
-    assert len(processes()) >= 4
+    assert len(processes()) >= 4  # the caller, bubblewrap, the runner and the program
     os.kill(caller.pid, signal.SIGKILL)
     caller.wait()
     assert all_ended()
+
+
+FORGED = [b"Cjunk", b"C[]", b"C{}", b"C" + b"[" * 900, b"X", b'C{"how":"exit","code":1e9,"cpu":0,"wall":0}']
+FORGED += [b'C{"how":[],"code":0,"cpu":0,"wall":0}', b'C{"how":"exit","code":0,"cpu":NaN,"wall":0}', b"C\xff", b"C5"]
+
+
+@pytest.mark.parametrize("frame", FORGED)
+def test_a_frame_that_the_runner_cannot_have_sent_is_the_last(frame: bytes) -> None:
+    frames, ended = sandbox._Frames(), b'{"how":"exit","code":0,"cpu":0,"wall":0}'
+    for kind, body in ((frame[:1], frame[1:]), (b"C", ended), (b"E", b"secret")):
+        frames.feed(kind + len(body).to_bytes(4, "big") + body)
+    assert frames.lost and not frames.cases and not frames.secret
 
 
 def test_the_secret_is_not_in_the_child(bubblewrap: str) -> None:
@@ -240,17 +264,121 @@ def test_as_an_unprivileged_user(bubblewrap: str) -> None:
     else:
         pytest.skip("no Python 3.11 that an unprivileged user can run")
     source = Path(sandbox.__file__).parents[2]
+    first = [("mem", "r+b"), ("mem", "rb"), ("fd/0", "rb"), ("fd/1", "wb")]
+    program = (
+        "import os\ndef refused(name, mode):\n    try: open(f'/proc/1/{name}', mode, buffering=0)\n"
+        f"    except PermissionError: return True\nhidden = all(refused(*way) for way in {first})\n"
+    )
     script = (
         f"import sys; sys.path.insert(0, {str(source)!r})\n"
         "from heatbath.verify import sandbox\n"
-        "tests = {'expressions': ['os.getuid() and 42', 'open(\"/x\", \"w\")']}\n"
-        "job = {'mode': 'eval', 'sources': ['import os'], **tests}\n"
+        "tests = {'expressions': ['os.getuid() and hidden and 42', 'open(\"/x\", \"w\")']}\n"
+        f"job = {{'mode': 'eval', 'sources': [{program!r}], **tests}}\n"
         "print(sandbox.run(job, sandbox.Limits(), 'bubblewrap'))\n"
     )
     done = subprocess.run([*drop, python, "-c", script], capture_output=True, text=True, cwd="/", check=False)
     if "Permission" in done.stderr and "heatbath" in done.stderr:
         pytest.skip("an unprivileged user cannot read this working tree")
     assert '["value", 0, 42]' in done.stdout and "Read-only" in done.stdout, done.stdout + done.stderr
+
+
+# The grader, where the sandbox fails or lies --------------------------------------------------------------------------
+
+ONE = {"entry_point": "f", "inputs": [[1]], "outputs": [1]}
+TWICE = {"entry_point": "f", "inputs": [[1]], "reference": "def f(x): return x"}
+ANSWER = "```python\ndef f(x): return x\n```"
+
+
+class _Runs:
+    """In the sandbox's place: every run gives `outcome`, or raises it, and is counted."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, outcome: sandbox.Outcome | Exception) -> None:
+        self.outcome, self.jobs = outcome, list[Any]()
+        patch.setattr(sandbox, "run", self)
+
+    def __call__(self, job: Any, limits: Limits, isolation: str) -> sandbox.Outcome:
+        self.jobs.append(job)
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+def ended(*values: str, how: str = "exit", cpu: float = 0.0) -> sandbox.Outcome:
+    lines = ['["program", 0]', '["loaded"]', *(f'["value", {i}, {value}]' for i, value in enumerate(values))]
+    return sandbox.Outcome((sandbox.Case(how, 0, cpu, 1.0, "\n".join(lines).encode(), b""),), complete=True)
+
+
+LIES = {
+    "one value too many": (("1", "1"), ONE, "unreadable results"),
+    "infinite complex": ((f'["c", 1{"0" * 400}, 0]',), ONE, "unreadable results"),
+    "101 deep": (('["l", ' * 101 + "1" + "]" * 101,), {"test_list": ["assert f(1) in (1, 2)"]}, "unreadable results"),
+    "large": (("[" + "[]," * 10**5 + "[]]",), ONE, "far larger than the right one"),
+    "large, of a free value": (("[" + "[]," * 10**6 + "[]]",), {"test_list": ["assert f(1)"]}, "far larger"),
+    "large, in a script": (("[" + "[]," * 10**5 + "[]]",), {"stdin": [""], "stdout": ["1"]}, "wrong value"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_forged_value_is_wrong_and_raises_nothing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    values, gold, words = LIES[name]
+    _Runs(monkeypatch, ended(*values))
+    [got] = CodeGrader().grade([ANSWER], [gold])
+    assert got.status == "wrong" and words in got.rule, got
+
+
+@pytest.mark.parametrize("gold", [ONE, TWICE])
+def test_an_error_of_this_machine_is_counted(monkeypatch: pytest.MonkeyPatch, gold: Any) -> None:
+    _Runs(monkeypatch, OSError("No space left on device"))
+    assert [(got.status, got.rule) for got in CodeGrader().grade([ANSWER] * 2, [gold] * 2)] == [
+        ("crashed", "OSError: No space left on device")
+    ] * 2
+
+
+def test_two_sleepers_of_a_call_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, grader = _Runs(monkeypatch, ended(how="deadline")), CodeGrader()
+    for count in (1, 2):
+        assert {got.status for got in grader.grade([ANSWER] * 16, [ONE] * 16)} == {"timeout"}
+        assert len(runs.jobs) == count * (16 + 2)
+
+
+def test_a_program_that_computed_all_the_time_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = _Runs(monkeypatch, ended(how="deadline", cpu=1.0))
+    [got] = CodeGrader(deadline=1.0).grade([ANSWER], [ONE])
+    assert got.status == "timeout" and len(runs.jobs) == 1
+
+
+def test_a_reference_that_timed_out_is_tried_anew_in_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    for outcome in (ended(how="deadline"), sandbox.Outcome(), sandbox.Outcome(late=True)):
+        runs, grader = _Runs(monkeypatch, outcome), CodeGrader(workers=1)
+        assert {got.status for got in grader.grade([ANSWER] * 4, [TWICE] * 4)} == {"bad_gold"}
+        assert 1 <= len(runs.jobs) <= 2  # perhaps alone again
+        runs.outcome = ended("1")
+        assert {got.status for got in grader.grade([ANSWER] * 4, [TWICE] * 4)} == {"right"}
+
+
+def test_golds_of_the_same_content_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _Runs(monkeypatch, ended("1"))
+    seen = list[Any]()
+    monkeypatch.setattr(code, "read_tests", lambda gold: seen.append(gold) or read_tests(gold))
+    golds = [*(dict(ONE) for _ in range(8)), {**ONE, "outputs": [(1,)]}, {**ONE, "outputs": [[1]]}, json.dumps(ONE)]
+    assert [got.status for got in CodeGrader().grade([ANSWER] * 11, golds)] == ["right"] * 8 + ["wrong"] * 2 + ["right"]
+    assert len(seen) == 4
+
+
+def test_members_of_one_hash_are_not_made_a_set() -> None:
+    tests = replace(read_tests(ONE), rule="same members")
+    assert (
+        tests.agrees(0, [1, 2, 1], (2, 1)) and not tests.agrees(0, [1] * 10**6, (1,)) and not tests.agrees(0, 5, (1,))
+    )
+    assert not tests.agrees(0, [i * (2**61 - 1) for i in range(2000)], tuple(range(2000)))
+
+
+def test_no_expression_takes_quadratic_time_on_a_text() -> None:
+    for text in ("\n" * 190_000, " " * 190_000, "async " * 30_000, "class\t" * 30_000, "f " * 90_000, "def\n" * 40_000):
+        began = time.process_time()
+        code.find_programs("x" + text, "", ("f", "g"))
+        code.find_programs("```" + text + "x", "def f():", ("f",))
+        assert time.process_time() - began < 1.0
 
 
 PLAIN = [None, True, -1, 2**200, 1.5, float("inf"), 1 + 2j, "é\ud800", b"\x00", [], (1, (2,)), {1, 2}, frozenset({3})]
@@ -294,10 +422,26 @@ def test_other_values_do_not_travel(_small: None, value: Any) -> None:
         encode([value])
 
 
-@pytest.mark.parametrize("wire", [[], ["x"], {}, [1], ["i", 5], ["s", ["l"]], ["d", 1], ["c", "1", 2], _nested(300)])
+@pytest.mark.parametrize(
+    "wire", [[], ["x"], {}, [1], ["i", 5], ["s", ["l"]], ["d", 1], ["c", "1", 2], _nested(300), ["c", 10**400, 0]]
+)
 def test_forged_values_are_refused(wire: Any) -> None:
     with pytest.raises(ValueError):
         decode(wire)
+
+
+@pytest.mark.parametrize("depth", [99, 100, 101, 102])
+def test_both_sides_have_the_same_rule_of_depth(depth: int) -> None:
+    value, wire = 1, 1
+    for _ in range(depth):
+        value, wire = [value], ["l", wire]  # type: ignore[assignment]
+    if depth <= inside.MAX_DEPTH:
+        assert encode(value) == wire and decode(wire) == value
+    else:
+        with pytest.raises(NotPlainError):
+            encode(value)
+        with pytest.raises(ValueError):
+            decode(wire)
 
 
 def test_members_that_share_a_hash_are_refused() -> None:

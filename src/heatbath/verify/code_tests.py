@@ -10,17 +10,22 @@ import builtins
 import cmath
 import hashlib
 import json
+import keyword
 import math
 import sys
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from heatbath.verify.inside import NotPlainError, decode, encode
+from heatbath.verify.inside import NotPlainError, decode, encode, spread
 
 MAX_SOURCE = 1 << 20  # characters of any one code or text field of a gold
 DEFAULT_ATOL = 1e-6  # where the expected value is a float and no tolerance is given, as EvalPlus has it
 RTOL = 1e-7
+ROOM_FACTOR, ROOM = 20, 10_000  # a value may have this many times the items of the right one, and this many more
+FREE_ROOM = 1_000_000  # items of all values that the right value says nothing of, together
 
 
 class BadGoldError(Exception):
@@ -43,7 +48,7 @@ class FunctionTests:
     def names(self) -> tuple[str, ...]:
         return (self.entry_point,)
 
-    @property
+    @cached_property
     def key(self) -> str:
         text = json.dumps([self.entry_point, self.inputs, self.reference, self.rule])
         return hashlib.sha256(text.encode()).hexdigest()
@@ -51,6 +56,11 @@ class FunctionTests:
     @property
     def reduce(self) -> str:
         return "not none" if self.rule == "matched or not" else ""
+
+    @cached_property
+    def room(self) -> tuple[int, ...]:
+        """The most items of each value, where `outputs` says what is right."""
+        return tuple(room_of(json.dumps(encode(value)).encode()) for value in self.outputs or ())
 
     def agrees(self, index: int, value: Any, expected: Any) -> bool:
         """Whether `value` is right for input `index`: by the named rule, else by `same`."""
@@ -61,6 +71,11 @@ class FunctionTests:
             return same(value, expected, self.atol or DEFAULT_ATOL, json_lists=self.outputs is not None)
         except (TypeError, ValueError, OverflowError, ArithmeticError):  # a value of another type than the rule's
             return False
+
+
+def room_of(right: bytes) -> int:
+    """The most items of a value, from the JSON text of the right one."""
+    return ROOM_FACTOR * (right.count(b"[") + right.count(b",")) + ROOM
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,16 @@ class Assertions:
     modules: tuple[str, ...] = ()  # of the standard library, which the remainders use without importing them
     atol: float = 0.0
 
+    @cached_property
+    def room(self) -> tuple[int, ...]:
+        """The most items of the value of each call: `assert f()` alone says nothing of them."""
+        free = ROOM + FREE_ROOM // max(1, sum(len(item.calls) for item in self.items))
+        known = [item.literal for item in self.items for _ in item.calls]
+        return tuple(
+            free if literal is None or literal[0] == "truth" else room_of(json.dumps(encode(literal[1])).encode())
+            for literal in known
+        )
+
 
 @dataclass(frozen=True)
 class Streams:
@@ -110,6 +135,13 @@ def read_tests(gold: Mapping[str, Any] | str) -> Tests:
             raise BadGoldError(f"the gold is not JSON: {error}") from error
     if not isinstance(gold, Mapping):
         raise BadGoldError(f"the gold is a {type(gold).__name__}, not a mapping")
+    try:
+        return _read(gold)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise BadGoldError(f"the gold cannot be read: {type(error).__name__}: {str(error)[:120]}") from error
+
+
+def _read(gold: Mapping[str, Any]) -> Tests:
     if "base_input" in gold:
         return _evalplus(gold)
     if "inputs" in gold:
@@ -159,8 +191,8 @@ def _encoded(values: Any, key: str) -> tuple[Any, ...]:
 
 def _function(gold: Mapping[str, Any]) -> FunctionTests:
     inputs = gold["inputs"]
-    if isinstance(inputs, Sequence) and not all(isinstance(row, list | tuple) for row in inputs):
-        raise BadGoldError("each of inputs must be the list of one call's arguments")
+    if not isinstance(inputs, list | tuple) or not all(isinstance(row, list | tuple) for row in inputs):
+        raise BadGoldError("inputs must be a list, and each of them the list of one call's arguments")
     outputs = None
     if "outputs" in gold:
         outputs = tuple(decode(wire) for wire in _encoded(gold["outputs"], "outputs"))
@@ -168,8 +200,8 @@ def _function(gold: Mapping[str, Any]) -> FunctionTests:
             raise BadGoldError(f"{len(inputs)} inputs, but {len(outputs)} outputs")
     elif not gold.get("reference"):
         raise BadGoldError("inputs need outputs, or a reference solution to compute them")
-    entry_point = _text(gold, "entry_point")
-    if not entry_point.isidentifier():
+    entry_point = unicodedata.normalize("NFKC", _text(gold, "entry_point"))  # as Python reads a name
+    if not entry_point.isidentifier() or keyword.iskeyword(entry_point):
         raise BadGoldError("entry_point must be the name of a function")
     prompt = _text(gold, "prompt", "")
     reference = "" if outputs is not None else prompt + "\n" + _text(gold, "reference")
@@ -192,7 +224,10 @@ def _evalplus(gold: Mapping[str, Any]) -> FunctionTests:
     name, _, number = task.partition("/")
     if name not in ("HumanEval", "Mbpp") or not number.isdecimal():
         raise BadGoldError(f"task_id {task[:40]!r} is of neither HumanEval+ nor MBPP+")
-    rows = [*gold["base_input"], *(gold.get("plus_input") or [])]  # one row of MBPP+ has {} for "none"
+    base, plus = gold["base_input"], gold.get("plus_input") or []  # one row of MBPP+ has {} for "none"
+    if not isinstance(base, list | tuple) or not isinstance(plus, list | tuple):
+        raise BadGoldError(f"base_input and plus_input of {task} must be lists")
+    rows = [*base, *plus]
     prompt = _text(gold, "prompt") if name == "HumanEval" else ""  # MBPP's prompt is prose, not code
     try:
         rows = [_restored(int(number), row) for row in rows] if name == "Mbpp" else rows
@@ -208,7 +243,7 @@ def _evalplus(gold: Mapping[str, Any]) -> FunctionTests:
             "atol": gold.get("atol"),
         }
     )
-    return FunctionTests(**{**vars(tests), "rule": _RULE_OF.get(task, "")})
+    return replace(tests, rule=_RULE_OF.get(task, ""))
 
 
 def _tuples(value: Any) -> Any:
@@ -303,10 +338,17 @@ def _digits(inputs: list[Any], value: Any, expected: Any, _: float) -> bool:
     return value in (expected, sum(abs(int(a) - int(b)) for a, b in zip(first, second, strict=True)))
 
 
+def _members(inputs: list[Any], value: Any, expected: Any, _: float) -> bool:
+    """A value may repeat members; one of many more than are right, or whose hashes collide, is not made a set of."""
+    if type(value) not in (list, tuple, set, frozenset, dict, str) or len(value) > ROOM_FACTOR * (len(expected) + 10):
+        return False
+    return set(spread(list(value))) == set(expected)
+
+
 RULES: dict[str, Callable[[list[Any], Any, Any, float], bool]] = {
     "any root": _root,
     "any boolean": lambda inputs, value, expected, atol: type(value) is bool,
-    "same members": lambda inputs, value, expected, atol: set(value) == set(expected),
+    "same members": _members,
     "matched or not": lambda inputs, value, expected, atol: value is expected,
     "zero too": lambda inputs, value, expected, atol: same(value, expected, DEFAULT_ATOL) or value == 0,
     "height or slant height": _surface,

@@ -8,8 +8,9 @@ Expected values never come here, so nothing that model code reads or forges help
              H started   R results of the child (JSON lines)   O its standard output   C one child ended   E secret
 
 The runner reads the secret after the last child has ended, so no child holds it; it is not dumpable, so a child of the
-same user can neither read its memory nor open its pipes. Children may stop it, kill it or starve it: then there is no
-E frame, and no verdict `right`.
+same user can neither read or write its memory nor open its pipes. With a process namespace of its own it is the first
+process there: children cannot signal it, and it reaps them all. Children may starve it, and elsewhere stop or kill it:
+then there is no E frame, and no verdict `right`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ MAX_SIZE = 16_000_000  # of one value: items plus characters
 MAX_COLLISIONS = 64  # members of one set, or keys of one dict, that share a hash
 SMALL = 1 << 63  # larger integers travel as hexadecimal, whose reading is linear
 POLL_MS = 20
+SWEEP_SECONDS = 2.0  # for what a child left behind to end, once killed
 
 # Model code needs none of these; each reaches memory that no limit counts, another process, or the kernel's corners.
 FORBIDDEN = {  # name: (x86_64, aarch64)
@@ -106,31 +108,31 @@ _MAPPINGS = (dict, collections.Counter, collections.OrderedDict, collections.def
 
 def decode(wire: Any, depth: int = 0) -> Any:
     """The value of a JSON form; ValueError if it is none. Bounded: also where the form was written by an enemy."""
-    if type(wire) is not list:
-        if wire is None or type(wire) in (bool, int, float, str):
-            return wire
+    if depth > MAX_DEPTH:  # as in `encode`: what one of them takes, the other does
         raise ValueError("not an encoded value")
-    if depth > MAX_DEPTH or not wire or type(wire[0]) is not str:
+    if wire is None or type(wire) in (bool, int, float, str):
+        return wire
+    if type(wire) is not list or not wire or type(wire[0]) is not str:
         raise ValueError("not an encoded value")
     tag, body = wire[0], wire[1:]
     if tag in ("i", "b") and len(body) == 1 and type(body[0]) is str:
         return int(body[0], 16) if tag == "i" else bytes.fromhex(body[0])
-    if tag == "c" and len(body) == 2 and all(type(part) in (int, float) for part in body):
+    if tag == "c" and len(body) == 2 and all(type(part) is float for part in body):
         return complex(*body)
     items = [decode(item, depth + 1) for item in body]
     if tag in ("l", "t"):
         return items if tag == "l" else tuple(items)
     try:
         if tag in ("s", "f"):
-            return set(_spread(items)) if tag == "s" else frozenset(_spread(items))
+            return set(spread(items)) if tag == "s" else frozenset(spread(items))
         if tag == "d" and len(items) % 2 == 0:
-            return dict(zip(_spread(items[::2]), items[1::2], strict=True))
+            return dict(zip(spread(items[::2]), items[1::2], strict=True))
     except TypeError as error:
         raise ValueError("an unhashable member or key") from error
     raise ValueError("not an encoded value")
 
 
-def _spread(items: list[Any]) -> list[Any]:
+def spread(items: list[Any]) -> list[Any]:
     """`items`, unless so many share a hash that a set of them would take quadratic time."""
     counts = collections.Counter(hash(item) for item in items)
     if counts and max(counts.values()) > MAX_COLLISIONS:
@@ -287,6 +289,7 @@ def _become_child(job: dict[str, Any], stdin: int, output: int, results: int) ->
         setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", errors="replace", closefd=False))
     code = 96
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         _dumpable(1)  # without it, /dev/stdin could not be opened
         _confine(job)
         code = _Child(job, 3).run()
@@ -351,9 +354,10 @@ class _Runner:
                 elif not self._relay(descriptor, open_pipes[descriptor]):
                     poll.unregister(descriptor)
                     del open_pipes[descriptor]
-            ended, status, usage = os.wait4(pid, os.WNOHANG)
+            ended = _reaped(pid)
             now = time.monotonic()
             if ended:
+                status, usage = ended
                 break
             if self.left < 0:
                 how = "output"
@@ -392,16 +396,33 @@ class _Runner:
         return pages * resource.getpagesize()
 
     def _others(self) -> list[str]:
-        """Processes of the namespace but its first, which is bubblewrap's, and this one."""
-        return [name for name in os.listdir("/proc") if name.isdigit() and int(name) not in (1, os.getpid())]
+        """Processes of the namespace but this one."""
+        return [name for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
 
     def _sweep(self, pid: int) -> None:
         """Ends what the child left behind: in a process namespace of its own everything, else its process group."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(-1, signal.SIGKILL) if self.job["alone"] else os.killpg(pid, signal.SIGKILL)
-        ends_at = time.monotonic() + 1.0
-        while self.job["alone"] and self._others() and time.monotonic() < ends_at:
-            time.sleep(0.001)
+        if not self.job["alone"]:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+            return
+        ends_at = time.monotonic() + SWEEP_SECONDS
+        with contextlib.suppress(ChildProcessError):  # orphans are this process's children: no child, no process
+            while time.monotonic() < ends_at:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(-1, signal.SIGKILL)  # all but this one
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+                time.sleep(0.001)
+            sys.exit(94)  # the namespace ends with this process, and without its secret
+
+
+def _reaped(pid: int) -> tuple[int, Any] | None:
+    """Wait status and usage of `pid` if it has ended; reaps orphans that have, which count as processes till then."""
+    for _ in range(256):  # a program may make them faster than this
+        ended, status, usage = os.wait4(-1, os.WNOHANG)
+        if ended in (0, pid):
+            return (status, usage) if ended else None
+    return None
 
 
 def _frame(kind: bytes, body: bytes) -> None:
@@ -422,6 +443,7 @@ def _read(count: int) -> bytes:
 
 def main() -> None:
     _dumpable(0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which the first process of a namespace is not sent from within
     job = json.loads(_read(int(_read(12))))
     _frame(b"H", b"")
     _Runner(job).run_all()

@@ -24,10 +24,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+
+from heatbath.verify.inside import decode
+from heatbath.verify.verdict import Status
 
 BUBBLEWRAP = "bubblewrap"
 UNISOLATED = "none: run model code as my own user"
@@ -39,6 +42,9 @@ PROCESSES = 64  # processes and threads of one program
 START_SECONDS = 10.0  # for bubblewrap and the interpreter to start on a busy machine
 END_SECONDS = 3.0  # for our runner to report after the program's deadline, which it enforces itself
 STDERR_BYTES = 8 << 10
+END_BYTES = 1000  # of what the runner says of a child's end
+ENDS = ("exit", "signal", "deadline", "memory", "output")
+CPU_SIGNAL = 24
 OLDEST = (0, 8)  # of bubblewrap: the first with --disable-userns
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 FLAGS = ("-s", "-S", "-P", "-B", "-X", "utf8")  # only the standard library, and the same order of sets in every run
@@ -77,11 +83,12 @@ class Outcome:
 
 @dataclass
 class _Frames:
-    """What has arrived so far. The runner writes frames in order; whatever does not parse ends the conversation."""
+    """What has arrived so far. The runner writes frames in order; after one that is none of its own, all is lost."""
 
     data: bytearray = field(default_factory=bytearray)
     cases: list[Case] = field(default_factory=list)
     started: bool = False
+    lost: bool = False
     secret: bytes = b""
     results: bytearray = field(default_factory=bytearray)
     output: bytearray = field(default_factory=bytearray)
@@ -89,7 +96,7 @@ class _Frames:
     def feed(self, data: bytes) -> None:
         self.data += data
         at = 0
-        while len(self.data) - at >= 5:
+        while len(self.data) - at >= 5 and not self.lost:
             kind, length = struct.unpack_from(">cI", self.data, at)
             if len(self.data) - at - 5 < length:
                 break
@@ -106,12 +113,23 @@ class _Frames:
             self.output += body
         elif kind == b"E":
             self.secret = body
-        elif kind == b"C":
-            end = json.loads(body)
-            self.cases.append(
-                Case(end["how"], end["code"], end["cpu"], end["wall"], bytes(self.results), bytes(self.output))
-            )
+        elif kind == b"C" and (case := self._case(body)):
+            self.cases.append(case)
             self.results, self.output = bytearray(), bytearray()
+        else:
+            self.lost = True
+
+    def _case(self, body: bytes) -> Case | None:
+        """None if the runner cannot have said this."""
+        try:
+            end = json.loads(body[: END_BYTES + 1])
+            how, code, cpu, wall = end["how"], end["code"], end["cpu"], end["wall"]
+        except (ValueError, TypeError, LookupError, RecursionError):
+            return None
+        numbers = type(code) is int and all(type(part) in (int, float) and 0 <= part < 1e9 for part in (cpu, wall))
+        if how not in ENDS or not numbers or abs(code) > 1000:
+            return None
+        return Case(how, code, cpu, wall, bytes(self.results), bytes(self.output))
 
 
 def run(job: Mapping[str, Any], limits: Limits, isolation: str) -> Outcome:
@@ -153,9 +171,9 @@ def _run(job: Mapping[str, Any], limits: Limits, isolation: str) -> Outcome:
             return Outcome(refusal=f"{isolation}: {error}")
         with process:
             frames, errors, late = _listen(process, limits)
-    if not frames.started and not late:
+    if not (frames.started or late or frames.lost):
         return Outcome(refusal=f"{isolation} did not start: {errors.strip()[-300:] or 'no reason given'}")
-    return Outcome(tuple(frames.cases), frames.secret == secret, late)
+    return Outcome(tuple(frames.cases), frames.secret == secret and not frames.lost, late)
 
 
 def _listen(process: subprocess.Popen[bytes], limits: Limits) -> tuple[_Frames, str, bool]:
@@ -166,7 +184,7 @@ def _listen(process: subprocess.Popen[bytes], limits: Limits) -> tuple[_Frames, 
         with selectors.DefaultSelector() as selector:
             selector.register(_open(process.stdout), selectors.EVENT_READ)
             selector.register(_open(process.stderr), selectors.EVENT_READ)
-            while selector.get_map() and not frames.secret and left > 0 and not late:
+            while selector.get_map() and not (frames.secret or frames.lost or late) and left > 0:
                 ready = selector.select(max(0.0, ends_at - time.monotonic()))
                 late = not ready
                 for key, _ in ready:
@@ -212,6 +230,96 @@ def _end(process: subprocess.Popen[bytes], *, by_itself: bool) -> None:
             pass
 
 
+# What a run says -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Values:
+    """The plain values one child produced, or what was made of each, in order; and why there is not one more."""
+
+    values: tuple[Any, ...] = ()
+    ran: bool = False  # a child was started
+    source: int | None = None  # which of the job's sources it compiled
+    loaded: bool = False
+    failure: tuple[Status, str] | None = None
+    seconds: float = 0.0
+
+
+def read_values(
+    outcome: Outcome, count: int, take: Callable[[int, Any], Any] | None = None, room: Sequence[int] = ()
+) -> Values:
+    """What a call or eval job left. `take` (place, value) is given each value as it is decoded, till it returns False.
+
+    `room` bounds the items of each value, before it is decoded. Forged records are only data: the worst of them is a
+    wrong value.
+    """
+    if not outcome.cases:
+        return Values(failure=lost(outcome))
+    case = outcome.cases[0]
+    values, source, loaded = list[Any](), None, False
+    said: tuple[Status, str] | None = None
+    for line in case.results.split(b"\n", count + 3)[: count + 3]:
+        if not line:
+            continue
+        try:
+            if room and line.count(b"[") + line.count(b",") > room[min(len(values), len(room) - 1)]:
+                said = ("wrong", "a value far larger than the right one")
+                break
+            record = json.loads(line)
+            if record[0] == "value" and record[1] == len(values) and len(values) < count:
+                value = decode(record[2])
+                values.append(take(len(values), value) if take else value)
+                if take and values[-1] is False:
+                    break
+            elif record[0] == "program":
+                source = source if source is not None else int(record[1])
+            elif record[0] != "loaded":
+                said = _complaint(record)
+                break
+            loaded = loaded or record[0] == "loaded"
+        except (ValueError, TypeError, LookupError, RecursionError, OverflowError):
+            said = ("wrong", "unreadable results")
+            break
+    failure = None
+    if said or len(values) != count or not outcome.complete or (case.how, case.code) != ("exit", 0):
+        failure = _violent_end(outcome, case) or said or ("wrong", f"it ended early (exit code {case.code})")
+    return Values(tuple(values), True, source, loaded, failure, case.seconds)
+
+
+def _complaint(record: list[Any]) -> tuple[Status, str]:
+    """Of the record with which a child ended early."""
+    kind, *rest = record
+    if kind == "unreadable":
+        return "wrong", f"it does not compile: {str(rest[0])[:120]}"
+    if kind == "odd":
+        return "wrong", f"not plain data, but {str(rest[1])[:120]}"
+    if kind == "error":
+        name, text = str(rest[1])[:60], str(rest[2])[:120]
+        return (
+            ("crashed", "out of memory") if name == "MemoryError" else ("wrong", f"raised {name}: {text}".rstrip(": "))
+        )
+    return "wrong", "unreadable results"
+
+
+def lost(outcome: Outcome) -> tuple[Status, str]:
+    if outcome.refusal:
+        return "refused", outcome.refusal
+    return ("timeout", "the sandbox did not end in time") if outcome.late else ("crashed", "the sandbox was killed")
+
+
+def _violent_end(outcome: Outcome, case: Case) -> tuple[Status, str] | None:
+    """None for a process that ended by itself."""
+    if case.how == "deadline" or (case.how, case.code) == ("signal", CPU_SIGNAL):
+        return "timeout", f"no end within {case.seconds:.3g} s, {case.cpu_seconds:.2g} s of them computing"
+    if case.how == "memory":
+        return "crashed", "out of memory"
+    if case.how == "output":
+        return "refused", "too much output"
+    if case.how == "signal":
+        return "crashed", f"killed by signal {case.code}"
+    return None if outcome.complete else lost(outcome)
+
+
 # Commands ------------------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +343,7 @@ def _interpreter() -> Path:
 def _bubblewrap() -> tuple[str, ...]:
     inner = [
         *("bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"),
+        "--as-pid-1",  # bubblewrap's own first process could be written to by any other of its user
         *("--uid", NOBODY, "--gid", NOBODY, "--cap-drop", "ALL"),
     ]
     if os.geteuid() == 0:
