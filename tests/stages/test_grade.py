@@ -84,7 +84,8 @@ def test_the_same_rows_with_their_verdicts(call, tmp_path: Path) -> None:
 def test_a_column_of_ones_own_is_not_lost(call, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [{"gold": "4", "response": "so 4", "answer": "mine", "score": 7}])
     for name in ("out.jsonl", "again.jsonl"):  # a former verdict is replaced
-        assert call(source, "--out", source := tmp_path / name)[0] == 0
+        assert call(source, "--out", tmp_path / name)[0] == 0
+        source = tmp_path / name
         (graded,) = read(source)
         assert (graded["answer_given"], graded["score_given"]) == ("mine", 7)
         assert (graded["answer"], graded["score"], graded["status"]) == ("4", 1.0, "right")

@@ -2,8 +2,9 @@
 
 IN holds objects with a text `response` and the field `gold` (kind `code`: `tests`; kind `choice`: also `options`). OUT
 gets one line for each line of IN that is not blank: the row with `score status answer rule seconds` added. A former
-verdict is replaced; a field of the row's own that has one of these names is kept as `answer_given`, and so on. A line that cannot be graded because of what it holds is `refused` with no score and a rule that
-begins with `unreadable: `; where it is no JSON object at all, its line number in IN (`row`) stands for its content.
+verdict is replaced; a field of the row's own that has one of these names is kept as `answer_given`, and so on. A line
+that cannot be graded because of what it holds is `refused` with no score and a rule that begins with `unreadable: `;
+where it is no JSON object at all, its line number in IN (`row`) stands for its content.
 
 An OUT that is there is gone on with: its rows must be the first ones of IN. A last line that a kill has cut off is
 graded again. `.OUT.grading.json` beside it keeps what it was graded as: verdicts of two graders must not be mixed.
