@@ -170,7 +170,7 @@ NOT_SAID = [
     ("5", ["The answer is 5; no, 6", "The answer is 5 (no, 6)", "The answer is 5, not really", r"\boxed{5} is wrong"]),
     ("5", [r"\boxed{5}, no wait, 6", "The answer is $5$, no, $6$"]),
     ("0.3", ["The answer is 0.3...", r"\boxed{0.3...}", r"\boxed{0.3\ldots}", "so 0.3..."]),
-    ("A", [r"\boxed{A. B}"]),
+    ("A", [r"\boxed{A. B}", "The answer is A common mistake", r"\boxed{A ball}"]),
     ("5", ["The answer is .5", "answer = .5"]),
     ("25", ["The answer is .25"]),
     ("5", ["The answer is 5 million"]),

@@ -22,7 +22,7 @@ Found = Literal["right", "wrong", "refused", "bad_gold"]
 MAX_GOLD = 1_000  # characters
 PLAIN = re.compile(r"-?[0-9]{1,18}")
 LETTER = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?([A-J])\)?")
-LETTER_WITH_TEXT = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?([A-J])(?:\)[.:]?|[.:]|(?= ))(?:\s(.*))?", re.DOTALL)
+LETTER_WITH_TEXT = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?([A-J])(?:\)[.:]?|[.:])(?:\s(.*))?", re.DOTALL)
 DECIMAL_COMMA = re.compile(r"([+-]?)([0-9]+),([0-9]{1,2}|[0-9]{4,}|(?<=^0,)[0-9]+)")
 COMMA_IN_GOLD = re.compile(r"-?(?:0,|[0-9],[0-9]{2}(?![0-9]))")  # 0,4 and 1,22; but 3,4 and 11,13 are two numbers
 # What would make a computer algebra system work without end: towers, factorials and products of large numbers.
@@ -31,41 +31,23 @@ BOMB = re.compile(
     r"|\\(?:prod|sum|int|binom)[^a-z].{0,40}(?:[0-9]{5,}|10 ?\^)|[0-9][eE][+-]?[0-9]{4,}"
 )
 # What Math-Verify computes and the parser here does not know.
-ALGEBRA = {
-    "sum",
-    "prod",
-    "int",
-    "lim",
-    "to",
-    "infty",
-    "pmod",
-    "bmod",
-    "mod",
-    "begin",
-    "end",
-    "frac",
-    "sqrt",
-    "binom",
+ALGEBRA = {"sum", "prod", "int", "lim", "to", "infty", "pmod", "bmod", "mod", "begin", "end", "frac", "sqrt", "binom"}
+ALGEBRA |= {"cdot", "times", "cup", "cap", "setminus", "in", "pm", "mp", "le", "ge", "ne", "equiv", "partial", "mathbb"}
+ALGEBRA |= {
+    "lfloor",
+    "rfloor",
+    "lceil",
+    "rceil",
+    "log",
+    "ln",
+    "circ",
+    "overline",
+    "emptyset",
+    "div",
+    "approx",
+    "det",
     "pi",
 }
-ALGEBRA |= {
-    "cdot",
-    "times",
-    "cup",
-    "cap",
-    "setminus",
-    "in",
-    "pm",
-    "mp",
-    "le",
-    "ge",
-    "ne",
-    "equiv",
-    "partial",
-    "mathbb",
-    "det",
-}
-ALGEBRA |= {"lfloor", "rfloor", "lceil", "rceil", "log", "ln", "circ", "overline", "emptyset", "div", "approx", "neq"}
 
 
 @dataclass(frozen=True)
@@ -180,9 +162,9 @@ def _undecided(gold: Gold, text: str) -> tuple[Found | None, str]:
 
 
 def _algebra(text: str) -> bool:
-    commands = (
-        set(re.findall(r"\\([A-Za-z]+)", text)) - STYLES - FUNCTIONS - set(GREEK) - set(SAME) - set(SAME.values())
-    )
+    """Whether Math-Verify knows every command of `text`, and no word is left over."""
+    known_here = STYLES | FUNCTIONS | {*GREEK, *SAME, *SAME.values()}
+    commands = set(re.findall(r"\\([A-Za-z]+)", text)) - known_here
     words = re.findall(r"(?<![A-Za-z\\])[A-Za-z]{3,}", re.sub(r"\\(?:begin|end) ?\{[a-zA-Z*]+\}", "", text))
     known = all(word.casefold() in FUNCTIONS | {"and"} for word in words)
     return known and commands <= ALGEBRA and not re.search(r"[0-9] ?['_]|\\ldots|__|[\"`#@?]|\('", text)

@@ -47,55 +47,11 @@ SCALES = {
     "dozen": 12,
 }
 # Words behind a value that make it another value, or none at all.
-CHANGING = {
-    "not",
-    "no",
-    "never",
-    "none",
-    "wrong",
-    "incorrect",
-    "false",
-    "if",
-    "when",
-    "unless",
-    "otherwise",
-    "where",
-    "less",
-    "more",
-    "fewer",
-    "than",
-    "least",
-    "most",
-    "or",
-    "and",
-    "but",
-    "minus",
-    "plus",
-    "times",
-    "half",
-    "halves",
-    "third",
-    "thirds",
-    "quarter",
-    "quarters",
-    "fourth",
-    "fourths",
-    "fifth",
-    "fifths",
-    "tenth",
-    "tenths",
-    "hundredths",
-    "thousandths",
-    "squared",
-    "cubed",
-    "factorial",
-    "dozens",
-    "hundreds",
-    "thousands",
-    "millions",
-    "negative",
-    "approximately",
-}
+CHANGING = {"not", "no", "never", "none", "wrong", "incorrect", "false", "if", "when", "unless", "otherwise"}
+CHANGING |= {"where", "less", "more", "fewer", "than", "least", "most", "or", "and", "but", "minus", "plus"}
+CHANGING |= {"times", "half", "halves", "third", "thirds", "quarter", "quarters", "fourth", "fourths", "fifth"}
+CHANGING |= {"fifths", "tenth", "tenths", "hundredths", "thousandths", "squared", "cubed", "factorial"}
+CHANGING |= {"dozens", "hundreds", "thousands", "millions", "negative", "approximately"}
 POWER = re.compile(r"\^ ?\{? ?(-?[0-9])[ }]*")
 
 
