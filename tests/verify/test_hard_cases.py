@@ -242,6 +242,11 @@ def test_never_right(gold: str, answer: str) -> None:
     assert verdict(gold, answer) in ("wrong", "refused", "bad_gold")
 
 
+@pytest.mark.parametrize("bomb", ["1e999999999", "10^{10^{10}}", "(10^9)!", "2^{9999999}", "x+" * 300 + "1"])
+def test_bombs_are_refused(bomb: str) -> None:
+    assert verdict("4", bomb) == "refused"
+
+
 @pytest.mark.parametrize(("gold", "answer"), pairs(SAME))
 def test_right(gold: str, answer: str) -> None:
     assert verdict(gold, answer) == "right"

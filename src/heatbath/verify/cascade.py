@@ -14,7 +14,7 @@ from heatbath.verify.answers.names import free_names, named_value
 from heatbath.verify.answers.notation import GREEK, SAME, latex, letters
 from heatbath.verify.answers.parser import UNREAD
 from heatbath.verify.answers.reading import read
-from heatbath.verify.answers.symbols import FUNCTIONS, STYLES, RefusedError, UnreadableError
+from heatbath.verify.answers.symbols import FUNCTIONS, MAX_DIGITS, STYLES, RefusedError, UnreadableError
 from heatbath.verify.answers.values import Evaluation, mp, same_number
 from heatbath.verify.extract import all_boxed, extract
 
@@ -126,7 +126,8 @@ def compare(gold: Gold, answer: str, rules: Rules = EXACT, finished: bool = True
         node = read(text)
     except RefusedError as error:
         # A model that repeats itself writes no bomb: endless digits or words are no answer of any length.
-        return ("refused", str(error)) if re.search(r"[\\^!+*/]", text) else ("wrong", "too long")
+        endless = len(text) > MAX_DIGITS and not re.search(r"[\\^!+*/]", text)
+        return ("wrong", "too long") if endless else ("refused", str(error))
     except UnreadableError:
         return _unread(gold, text)
     if gold.node is None:
