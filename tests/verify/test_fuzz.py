@@ -19,7 +19,7 @@ from heatbath.verify.cascade import compare, gold_answer
 from heatbath.verify.extract import POLICIES, UNCLOSED, extract
 
 EXAMPLES = int(os.environ.get("HEATBATH_FUZZ", "2000"))
-POOLED = int(os.environ.get("HEATBATH_FUZZ_POOL", "300"))
+POOLED = int(os.environ.get("HEATBATH_FUZZ_POOL", "2000"))
 fuzzed = settings(
     max_examples=EXAMPLES,
     deadline=None,
