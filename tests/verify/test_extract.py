@@ -35,7 +35,7 @@ CASES = [
     ("\\boxed 5", "5", "boxed"),
     ("\\boxed 57.", "57", "boxed"),
     ("\\\\boxed{5}", "5", "boxed"),
-    ("\\boxed{\\boxed{3}}", "\\boxed{3}", "boxed"),
+    ("\\boxed{\\boxed{3}}", "3", "boxed"),
     ("\\boxed{ 5 }", "5", "boxed"),
     ("\\boxed{}", "", "boxed"),
     ("the box is \\boxed{12}\\%", "12%", "boxed"),

@@ -165,6 +165,7 @@ SAME = [
 ]
 # gold, and completions that do not say it
 NOT_SAID = [
+    ("12", ["There are 3 cases. Case 1 gives 10, case 2 gives 12, so I give up", "It was 12, but I am not sure"]),
     ("5", ["The answer is 5, or 6", "The answer is 5; 6", "The answer is 5 (or 6)", "The answer is $5$ / $6$"]),
     ("5", ["The answer is 5, so 6", "The answer is 5, maybe 6 or 7", "The answer is 5, wait no, it is 6"]),
     ("5", ["The answer is 5; no, 6", "The answer is 5 (no, 6)", "The answer is 5, not really", r"\boxed{5} is wrong"]),
@@ -209,6 +210,7 @@ NOT_SAID = [
 ]
 # gold, and completions that do
 SAID = [
+    ("5", [r"\boxed{\boxed{5}}", r"$$\fbox{\boxed{5}}$$"]),
     ("18", ["The total is **$18**.", "She makes **$18** per day.", "The total is *18*.", "Total: **$18.00**"]),
     ("18", ["She makes **18** dollars.", "**Answer: $18**", "**Final answer:** 18"]),
     ("0.5", ["The answer is .5"]),

@@ -56,7 +56,7 @@ BEFORE = re.compile(
     re.IGNORECASE,
 )
 BEHIND = re.compile(
-    r"\.\.|\)?\s*(?:[+*/^×÷?]|-\s*[0-9(])|\s*(?:is|was|are)?\s*(?:not|wrong|incorrect)\b|[^.;]{0,80}, [a-z]+ [a-z]"
+    r"\.\.|\)?\s*(?:[+*/^×÷?]|-\s*[0-9(])|\s*(?:is|was|are)?\s*(?:not|wrong|incorrect)\b|[^.;]{0,80}, [a-z]+ [A-Za-z]"
 )
 DENIED = re.compile(
     r"\b(?:wrong|incorrect|false|if|suppose|whether|mistaken)\b"
@@ -135,7 +135,8 @@ def _boxed(text: str) -> str | None:
             return found
     if TAKEN_BACK_AFTER.match(text, boxes[-1][1] + 1):
         return ""  # \\boxed{5} is wrong
-    return _contents(text, boxes)
+    found = _contents(text, boxes)
+    return (last_boxed(found) or found) if "box" in found else found  # a box in a box
 
 
 def last_boxed(text: str) -> str | None:

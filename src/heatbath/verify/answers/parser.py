@@ -137,11 +137,11 @@ class Parser(Tokens):
         raise RefusedError(f"a sum of more than {MAX_DEPTH} terms")
 
     def term(self) -> Node:
-        if self.kind in SIGNS:  # 3 \cdot -2
-            return signed(self.next().kind, self.term_without_sign())
-        return self.term_without_sign()
+        if self.kind in SIGNS:  # --(-5)
+            return signed(self.next().kind, self.unsigned_term())
+        return self.unsigned_term()
 
-    def term_without_sign(self) -> Node:
+    def unsigned_term(self) -> Node:
         if (text := self.running_words()) is not None:
             return Words(text)
         found = self.power()
