@@ -158,6 +158,12 @@ def test_a_worker_that_grew_is_replaced() -> None:
     assert len({*small, grown[0]}) == 1 and grown[1] != grown[0]
 
 
+def test_a_task_that_comes_at_once_ends_no_worker() -> None:
+    """A writer tells of its data after the reader may have read them: some 1 task of 10,000 was lost to that signal."""
+    with pool("identify", workers=1, slow_after=HANG) as p:
+        values(p, [[i] for i in range(20_000)])
+
+
 def test_a_worker_is_replaced_after_so_many_tasks() -> None:
     with pool("identify", workers=1, slow_after=HANG) as p:
         pids = [pid for _, pid in values(p, [[i] for i in range(worker_module.RECYCLE_AFTER + 1)])]
@@ -383,8 +389,14 @@ def test_nothing_is_left_behind() -> None:
 
 
 def test_a_worker_starts_light() -> None:
-    command = [sys.executable, "-X", "importtime", "-P", "-m", "heatbath.verify.worker", "x:y", "0", "1"]
-    imported = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stderr
+    life, parent = os.pipe()
+    command = [sys.executable, "-X", "importtime", "-P", "-m", "heatbath.verify.worker", "x:y", "0", "1", str(life)]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, pass_fds=(life,)
+    )
+    os.close(life)
+    os.close(parent)
+    imported = done.stderr
     assert not any(
         f" {name}\n" in imported for name in ("torch", "numpy", "transformers", "multiprocessing", "asyncio")
     )

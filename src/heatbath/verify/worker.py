@@ -21,7 +21,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 LENGTH = struct.Struct(">I")
@@ -50,7 +50,7 @@ class WorkerLostError(Exception):
 
 
 class Worker:
-    """The parent's side of a worker process: its three pipes, the task it has, and since when."""
+    """The parent's side of a worker process: its pipes, the task it has, and since when."""
 
     def __init__(
         self, function: str, *, deadline: float, slow_after: float, memory_gib: float, warm_up: Sequence[Any] | None
@@ -66,9 +66,10 @@ class Worker:
         source, self._to = os.pipe()
         self._from, sink = os.pipe()
         self._said, mouth = os.pipe()
+        life, self._life = os.pipe()  # nothing is ever written to it: its end is the parent's
         for fd in (self._to, self._from, self._said):
             os.set_blocking(fd, False)
-        command = [sys.executable, "-P", "-m", "heatbath.verify.worker", function, str(source), str(sink)]
+        command = [sys.executable, "-P", "-m", "heatbath.verify.worker", function, str(source), str(sink), str(life)]
         environment = {**dict.fromkeys(ONE_THREAD, "1"), **os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p) for p in sys.path)
         try:
@@ -78,7 +79,7 @@ class Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=mouth,
                 stderr=mouth,
-                pass_fds=(source, sink),
+                pass_fds=(source, sink, life),
                 env=environment,
                 process_group=0,
             )
@@ -86,7 +87,7 @@ class Worker:
             self.close_pipes()
             raise
         finally:
-            for fd in (source, sink, mouth):
+            for fd in (source, sink, mouth, life):
                 os.close(fd)
         self.since = time.monotonic()
         self._send(
@@ -195,10 +196,10 @@ class Worker:
             self.process.wait(timeout=1.0)
 
     def close_pipes(self) -> None:
-        for fd in (self._to, self._from, self._said):
+        for fd in (self._to, self._from, self._said, self._life):
             if fd >= 0:
                 os.close(fd)
-        self._to = self._from = self._said = -1
+        self._to = self._from = self._said = self._life = -1
 
     def _send(self, message: Any) -> None:
         body = json.dumps(message).encode()
@@ -248,19 +249,19 @@ class Worker:
 
 
 def main() -> None:
-    name, source, sink = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    for fd in (source, sink):
+    name, source, sink, life = sys.argv[1], *map(int, sys.argv[2:5])
+    for fd in (source, sink, life):
         os.set_inheritable(fd, False)
     sys.stdout = sys.stderr  # line by line, and unable to fail on any text
     _forget_inherited_signals()
+    _die_with_parent(life)
     settings = receive(source)
     if settings is None:
         return
     _restore_environment(settings["pythonpath"])
-    with _dies_with_parent(source):
-        function = load(name)
-        if settings["warm_up"] is not None:
-            function(*settings["warm_up"])
+    function = load(name)
+    if settings["warm_up"] is not None:
+        function(*settings["warm_up"])
     baseline = _memory()
     _limit_memory(int(settings["memory"]))
     growth = RECYCLE_SHARE * settings["memory"]
@@ -268,8 +269,7 @@ def main() -> None:
     done = 0
     while (arguments := receive(source)) is not None:
         _limit_processor(settings["deadline"])
-        with _dies_with_parent(source):
-            kind, value, seconds, exhausted = _answer(function, arguments)
+        kind, value, seconds, exhausted = _answer(function, arguments)
         done += 1
         exhausted = exhausted or done >= RECYCLE_AFTER or _memory() - baseline > growth
         send(sink, [kind, value, seconds, exhausted])
@@ -339,21 +339,19 @@ def _read(fd: int, count: int) -> bytes:
     return b"".join(pieces)
 
 
-@contextlib.contextmanager
-def _dies_with_parent(fd: int) -> Iterator[None]:
-    """Within, the kernel ends this process as soon as the last writer of `fd` is gone, whatever code is running.
+def _die_with_parent(fd: int) -> None:
+    """From now on the kernel ends this process as soon as the last writer of `fd` is gone, whatever code is running.
 
-    No frame arrives while a task runs, so the only event there is the hang-up. Linux; elsewhere (SIGIO is ignored) an
-    orphan ends at its limit of processor time or at its next read.
+    Nothing is ever written to that pipe, so the hang-up is its only event: the pipe of the tasks would not do, because
+    a writer tells of its data after the reader may have read them. Linux; elsewhere (SIGIO is ignored) an orphan ends
+    at its limit of processor time or at its next read.
     """
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_ASYNC)
+    fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
     poll = select.poll()
     poll.register(fd, 0)
     if poll.poll(0):  # it hung up before the flag was set
         os._exit(0)
-    yield
-    fcntl.fcntl(fd, fcntl.F_SETFL, flags)
 
 
 def _forget_inherited_signals() -> None:
@@ -361,7 +359,6 @@ def _forget_inherited_signals() -> None:
     for number in (signal.SIGIO, signal.SIGXCPU, signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    fcntl.fcntl(int(sys.argv[2]), fcntl.F_SETOWN, os.getpid())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write(str(OUT_OF_MEMORY_SCORE))
