@@ -8,24 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_choice import LETTERS, grade
 
 from heatbath.data.tables import load
 from heatbath.sections import Fields, FilesData
 from heatbath.verify.choice import ChoiceGrader
 from heatbath.verify.choice_rules import plain, worded
 
-CITIES = ["London", "Paris", "Rome", "Berlin"]
-NUMBERED = {"1": "slower", "2": "faster", "3": "same"}
-VALUES = {"1": "3", "2": "4", "3": "5"}  # the label of one is the text of another
-LETTERS = "ABCDEFGHIJ"
-ARC = {"text": CITIES, "label": ["A", "B", "C", "D"]}
-
-
-def grade(text: str, gold: Any, options: Any = None) -> Any:
-    return ChoiceGrader().grade([text], [gold if options is None else {"gold": gold, "options": options}])[0]
-
-
-# --- real rows -----------------------------------------------------------------------------------------------------
 BY_LABEL = [
     "The answer is ({l}).",
     "The answer is {l}.",

@@ -142,6 +142,20 @@ def test_a_stage_of_ones_own_from_the_page(tmp_path: Path, monkeypatch: pytest.M
     assert verdicts[0].rule == "boxed+same_colour"
 
 
+def test_a_stage_may_read_gold_answers_that_nobody_else_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def same_query(gold, answer):\n"
+        "    return gold.lower() == answer.lower() if gold.upper().startswith('SELECT') else None\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    golds = ["SELECT a_1, b FROM t", "SELECT a_1, b FROM t", "f(x)=ax+b, where a is any 1 of them"]
+    said = [r"\boxed{select a_1, b from t}", r"\boxed{select b from t}", r"\boxed{7}"]
+    with MathGrader(workers=1, stages=["mine.py:same_query"]) as grader:
+        assert [v.status for v in grader.grade(said, golds)] == ["right", "wrong", "bad_gold"]
+    with MathGrader(workers=1) as grader:
+        assert [v.status for v in grader.grade(said, golds)] == ["bad_gold"] * 3
+
+
 def test_a_stage_that_says_something_else_is_a_crash_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text("def says_yes(gold, answer):\n    return 'yes'\n")
     monkeypatch.chdir(tmp_path)

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
-import importlib.util
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from heatbath.ideas.gift import Gift, GiftSequence
+from heatbath.ideas.importing import module_of
 from heatbath.ideas.statistics import Objective, TokenStats, discounted_sum
 
 Direction = Literal["forward", "reverse"]
@@ -446,15 +443,7 @@ def _imported(name: str) -> type:
     """The class at "package.module:Class" or "file.py:Class". Raises ValueError where there is none."""
     module_name, _, attribute = name.rpartition(":")
     try:
-        if module_name.endswith(".py"):
-            path = Path(module_name).expanduser().resolve()
-            spec = importlib.util.spec_from_file_location(f"heatbath_objective_{path.stem}", path)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module  # a dataclass looks its annotations up there
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(module_name)
+        module = module_of(module_name)
     except Exception as error:  # noqa: BLE001 - whatever a user's own file raises while it is read
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"cannot import '{module_name}' of the objective '{name}': {what}") from None

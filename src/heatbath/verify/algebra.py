@@ -14,6 +14,7 @@ MAX_RESPONSE = 20_000  # characters of the end of a response in which Math-Verif
 
 # The name of the built-in last stage.
 MATH_VERIFY = "heatbath.verify.algebra:math_verify"
+NO_STAGE = "no stage"  # what decided where none did
 
 
 def decide(stages: list[str], gold: str, answer: str) -> list[str]:
@@ -32,7 +33,7 @@ def decide(stages: list[str], gold: str, answer: str) -> list[str]:
             raise TypeError(f"the stage {stage} returned {found!r}, not True, False or None")
         if found is not None:
             return ["right" if found else "wrong", stage.rpartition(":")[2]]
-    return ["wrong", "no stage"]
+    return ["wrong", NO_STAGE]
 
 
 def require_stage(path: str) -> None:

@@ -91,9 +91,10 @@ class MathGrader:
         status, why = compare(expected, answer, self.rules, self.finished)
         if status is None:
             return Asked([self.stages, expected.text, answer], answer, rule)
-        if status == "wrong" and len(self.stages) > 1:
-            return Asked([self.stages[:-1], expected.text, answer], answer, rule)
-        return Verdict(status, _shown(answer), f"{rule}+{why}")
+        found = Verdict(status, _shown(answer), f"{rule}+{why}")
+        if status in ("wrong", "bad_gold") and len(self.stages) > 1:  # a stage may read what nobody here can
+            return Asked([self.stages[:-1], expected.text, answer], answer, rule, otherwise=found)
+        return found
 
     def _as_in_the_paper(self, completion: str, gold: str) -> Verdict | Asked:
         expected = gold_answer(gold)
@@ -113,16 +114,18 @@ class MathGrader:
 
 
 class Asked:
-    """A question for a worker, and how its outcome becomes a verdict."""
+    """A question for a worker, and how its outcome becomes a verdict: `otherwise` where no stage decides."""
 
-    def __init__(self, task: list[object], answer: str | None, rule: str):
-        self.task, self.answer, self.rule = task, answer, rule
+    def __init__(self, task: list[object], answer: str | None, rule: str, otherwise: Verdict | None = None):
+        self.task, self.answer, self.rule, self.otherwise = task, answer, rule, otherwise
 
     def verdict(self, outcome: Outcome) -> Verdict:
         if outcome.status != "done":
             rule = f"{self.rule}+{outcome.message or outcome.status}"
             return Verdict(outcome.status, _shown(self.answer), rule, outcome.seconds)
         status, decided = outcome.value
+        if decided == algebra.NO_STAGE and self.otherwise is not None:
+            return self.otherwise
         return Verdict(status, _shown(self.answer), f"{self.rule}+{decided}", outcome.seconds)
 
 

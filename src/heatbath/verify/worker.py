@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib
-import importlib.util
 import json
 import os
 import resource
@@ -23,6 +21,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from heatbath.ideas.importing import module_of
 
 LENGTH = struct.Struct(">I")
 START_SECONDS = 120.0  # for importing the function and its warm-up call, on a busy machine
@@ -278,15 +278,7 @@ def main() -> None:
 def load(name: str) -> Callable[..., Any]:
     """The function that `package.module:function` or `path/to/file.py:function` names."""
     home, _, attribute = name.rpartition(":")
-    if home.endswith(".py"):
-        specification = importlib.util.spec_from_file_location(f"heatbath_own_{os.path.basename(home)[:-3]}", home)
-        assert specification is not None and specification.loader is not None
-        module = importlib.util.module_from_spec(specification)
-        sys.modules[specification.name] = module  # dataclasses and pickle look their module up there
-        specification.loader.exec_module(module)
-    else:
-        module = importlib.import_module(home)
-    function = getattr(module, attribute)
+    function = getattr(module_of(home), attribute)
     if not callable(function):
         raise TypeError(f"{name} is not a function")
     return function  # type: ignore[no-any-return]
