@@ -34,9 +34,9 @@ from heatbath import models
 from heatbath.allocator import keep_freed_memory
 from heatbath.cache import CachedBase, NeededBy, ReferenceCache, everything
 from heatbath.data import rendering, tables
+from heatbath.data_sections import Fields
 from heatbath.ideas.objectives import objective
 from heatbath.reference import FrozenBase, Reference
-from heatbath.sections import Fields
 from heatbath.stages.objective_trainer import ObjectiveTrainer
 from heatbath.stages.training import RowCollator
 

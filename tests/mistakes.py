@@ -58,6 +58,18 @@ batch = 1
 """
 
 
+PREFERENCES = """\
+model = "./base"
+
+[data]
+source = "files"
+test_from = "test.jsonl"
+
+[preference]
+data = "p.jsonl"
+"""
+
+
 @dataclass(frozen=True)
 class Mistake:
     """A command that is wrong, the files beside it, and what its message must hold."""
@@ -84,6 +96,15 @@ def files(rows: str, *, data: str = "", sft: str = "", **more: str) -> dict[str,
 
 
 ROW = {"question": "What is 1 + 1?", "solution": "1 + 1 = 2", "answer": "2"}
+
+
+PAIR = {"question": "What is 2 + 2?", "chosen": "2 + 2 = 4", "rejected": "5"}
+
+
+def preferences(title: str, row: dict[str, object], *says: str, change: str = "") -> Mistake:
+    """A preference file whose second row is wrong, or a table that an override makes wrong."""
+    tables = {"r.toml": PREFERENCES, "p.jsonl": demos(PAIR, row), "test.jsonl": demos(ROW)}
+    return Mistake(title, f"run r.toml {change}--dry-run", says, tables)
 
 
 def recipe(title: str, change: str, *says: str) -> Mistake:
@@ -350,6 +371,44 @@ SECTIONS: dict[str, list[Mistake]] = {
         ),
         Mistake("Both ways of going on", "run r.toml --resume --fresh", ("exclude each other",), {"r.toml": RECIPE}),
         Mistake("A report of something else", "report base", ("not a run: it holds no env.json",), {"r.toml": RECIPE}),
+    ],
+    "Preferences": [
+        recipe(
+            "Preferences beside RL", "preference.data=p.jsonl", "both make the policy 'final'; leave out one of them"
+        ),
+        preferences(
+            "A loss of the other method", PAIR, "loss 'bce' is none of method 'dpo'", change="preference.loss=bce "
+        ),
+        preferences(
+            "A trainer field that the loss does not read",
+            PAIR,
+            "label_smoothing is not read by loss 'sigmoid' of dpo, only by robust",
+            change="preference.trainer.label_smoothing=0.1 ",
+        ),
+        preferences("A row that prefers nothing", ROW, "no preference in the row: it has question, solution, answer"),
+        preferences(
+            "A scored row for DPO",
+            {"prompt": "3 + 3?", "response": "6", "score": 0.9},
+            "DPO learns from pairs, and the row is a score",
+            "row 2",
+        ),
+        preferences(
+            "A score on another scale",
+            {"prompt": "3 + 3?", "response": "6", "score": 4},
+            "the score 4 is not a number from 0 to 1",
+            change="preference.method=una ",
+        ),
+        preferences("Twice the same completion", PAIR | {"rejected": "2 + 2 = 4"}, "chosen and rejected are the same"),
+        preferences(
+            "The end token inside a completion", PAIR | {"chosen": "so<|end|>4"}, "'chosen' contains the end token"
+        ),
+        preferences(
+            "A test problem among the preferences",
+            PAIR | {"question": "what is 1 + 1?"},
+            "1 preference row(s) ask a test problem",
+            "p.jsonl, row 2",
+            "test.jsonl, row 1",
+        ),
     ],
     "Rewards": [
         recipe("A misspelt kind of answer", "reward.kind=cod", "reward.kind", "'math', 'choice' or 'code'"),

@@ -10,7 +10,8 @@ import pytest
 from heatbath import recipe as recipes
 from heatbath.errors import RecipeError
 from heatbath.recipe import as_toml, load, parse, shipped
-from heatbath.stages.trainer_fields import ONLY, REFUSED, REFUSED_IN_RL, SAID_ELSEWHERE, _types
+from heatbath.stages.rl import policy_of
+from heatbath.stages.trainer_fields import ONLY, READ_BY_LOSS, REFUSED, REFUSED_IN, SAID_ELSEWHERE, _types
 
 MINIMAL = {"model": "m", "data": {"source": "arithmetic"}}
 
@@ -29,7 +30,9 @@ def test_defaults_are_the_papers() -> None:
     assert (sft.lr, sft.schedule, sft.batch, sft.epochs, sft.max_length) == (1e-5, "constant", 128, 6, 8192)
     assert (sft.adam_betas, sft.weight_decay, sft.reduction) == ((0.9, 0.95), 0.01, "token_mean")
     assert (rl.group_size, rl.temperature, rl.lr, rl.schedule) == (8, 1.0, 1e-6, "constant")
-    assert (rl.prompts, rl.update_prompts, rl.clip, rl.epochs, rl.max_new_tokens) == (128, 64, 0.2, 1, 8192)
+    assert (rl.prompts, rl.update_prompts, rl.policy.name, rl.epochs, rl.max_new_tokens) == (128, 64, "paper", 1, 8192)
+    e2 = policy_of(rl)
+    assert (e2.advantage, e2.clip_low, e2.clip_high, e2.reduction, e2.kl) == ("centred", 0.2, 0.2, "token_mean", 0.0)
     assert (made.eval.temperature, made.eval.max_new_tokens, made.reward.deadline) == (0.6, 8192, 10.0)
 
 
@@ -140,9 +143,10 @@ def test_trainer_fields_keep_their_type(tmp_path: Path) -> None:
 
 def test_every_trainer_field_named_in_the_tables_exists() -> None:
     """A refusal of a field that TRL no longer has would be dead text."""
-    for stage, extra in (("sft", {}), ("rl", REFUSED_IN_RL)):
+    for stage in ONLY:
         known = set(_types(stage))
-        assert set(ONLY[stage]) | set(extra) <= known
+        assert set(ONLY[stage]) | set(REFUSED_IN.get(stage, {})) <= known
+    assert set(READ_BY_LOSS) <= set(_types("preference"))
     both = set(_types("sft")) | set(_types("rl"))
     assert set(SAID_ELSEWHERE) | set(REFUSED) <= both
 

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from heatbath.ideas.engine import dense_loss, linear_loss, linear_stats
     from heatbath.ideas.objectives import objective
     from heatbath.ideas.passk import mean_with_interval, paired_difference, pass_at_k
-    from heatbath.ideas.policy import policy
+    from heatbath.ideas.policy import policy, policy_loss
     from heatbath.ideas.statistics import Objective, TokenStats
     from heatbath.reference import AdaptersOff, FrozenBase
     from heatbath.stages.objective_trainer import ObjectiveMixin, ObjectiveTrainer
-    from heatbath.stages.rl import PolicyTrainer
+    from heatbath.stages.policy_trainer import PolicyTrainer
     from heatbath.stages.training import RowCollator
     from heatbath.verify.math import MathGrader
     from heatbath.verify.verdict import Verdict
@@ -36,13 +36,14 @@ _HOMES = {
     "paired_difference": "ideas.passk",
     "pass_at_k": "ideas.passk",
     "policy": "ideas.policy",
+    "policy_loss": "ideas.policy",
     "Objective": "ideas.statistics",
     "TokenStats": "ideas.statistics",
     "AdaptersOff": "reference",
     "FrozenBase": "reference",
     "ObjectiveMixin": "stages.objective_trainer",
     "ObjectiveTrainer": "stages.objective_trainer",
-    "PolicyTrainer": "stages.rl",
+    "PolicyTrainer": "stages.policy_trainer",
     "RowCollator": "stages.training",
     "MathGrader": "verify.math",
     "Verdict": "verify.verdict",
@@ -69,6 +70,7 @@ __all__ = [
     "paired_difference",
     "pass_at_k",
     "policy",
+    "policy_loss",
     "rewards",
 ]
 

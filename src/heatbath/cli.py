@@ -67,7 +67,7 @@ def run(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """All stages of a recipe: sft, rl, eval, report."""
+    """All stages of a recipe: sft, preference or rl, eval, report."""
     _stage("run", recipe, overrides, dry_run, out, (resume, fresh, change), json, verbose)
 
 
@@ -216,11 +216,17 @@ def recipes(
     action: Annotated[str, typer.Argument(help="list, or copy NAME [TO].")] = "list",
     name: Annotated[str | None, typer.Argument(help="The recipe to copy.")] = None,
     to: Annotated[Path | None, typer.Argument(help="File or folder; default the working folder.")] = None,
+    policies: Annotated[bool, typer.Option("--policies", help="List the RL policies and preference methods.")] = False,
     json: Json = False,
 ) -> None:
     """List the shipped recipes, or copy one to edit it."""
     from heatbath.recipe import copy, shipped
 
+    if policies:
+        from heatbath.methods import listed, shown
+
+        typer.echo(jsonlib.dumps(listed()) if json else shown())
+        return
     if action == "copy" and name is not None:
         written = copy(name, to)
         typer.echo(jsonlib.dumps({"written": str(written)}) if json else written)

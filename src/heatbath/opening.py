@@ -24,7 +24,10 @@ FREE = (
     "pretrain.save_every",
     "sft.save_every",
     "sft.log_every",
+    "preference.save_every",
+    "preference.log_every",
     "rl.save_every",
+    "rl.readiness",
     "eval.k",
     "eval.samples",
     "eval.batch",
@@ -34,10 +37,11 @@ FREE = (
 READ_BY = {
     "pretrain": ("pretrain",),
     "sft": ("sft",),
+    "preference": ("preference",),
     "rl": ("rl",),
     "eval": ("eval",),
     "reward": ("rl", "eval"),
-    "lora": ("sft", "rl"),
+    "lora": ("sft", "preference", "rl"),
 }
 
 
@@ -156,7 +160,7 @@ def _require_allowed_changes(run: Run, how: Opening, redone: tuple[str, ...]) ->
         done = redone if not redone else (*redone, "eval")
         stale = [stage for stage in _readers(key) if stage not in done and run.finished(stage)]
         if stale:
-            command = "run" if stale[0] == "pretrain" else stale[0]
+            command = stale[0] if stale[0] in ("sft", "rl", "eval") else "run"
             raise RecipeError(
                 f"{key} has changed, and the {stale[0]} stage is finished under its former value",
                 str(run.folder),

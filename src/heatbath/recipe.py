@@ -195,10 +195,11 @@ def _did_you_mean(path: list[Any], location: tuple[Any, ...]) -> str:
         if owners:
             return f" of source '{source}'; it belongs to {' and '.join(owners)}"
     keys = surface() + [f"sft.objective.{f}" for cls in OBJECTIVES.values() for f in cls.__dataclass_fields__]
+    table = ".".join(str(p) for p in path[:-1])
     elsewhere = sorted({k for k in keys if k.rpartition(".")[2] == word and k != ".".join(map(str, path))})
+    elsewhere = [k for k in elsewhere if table and k.startswith(f"{table}.")] or elsewhere
     if elsewhere:
         return f" here, did you mean {' or '.join(repr(k) for k in elsewhere)}?"
-    table = ".".join(str(p) for p in path[:-1])
     inside = [k.removeprefix(f"{table}.") for k in keys if not table or k.startswith(f"{table}.")]
     here = sorted({k.partition(".")[0] for k in inside})
     near = difflib.get_close_matches(word, here, n=1, cutoff=0.6)

@@ -1,4 +1,5 @@
-"""A run is a folder: recipe.toml, env.json, metrics.jsonl, surprise.json, samples.jsonl, checkpoints/, report.html.
+"""A run is a folder: recipe.toml, env.json, metrics.jsonl, surprise.json, readiness.json, samples.jsonl, results.json,
+checkpoints/, report.html.
 
 Every stage goes on from it: a finished one is kept, an unfinished one continues from its last complete checkpoint.
 """
@@ -26,7 +27,8 @@ from heatbath import recipe as recipes
 from heatbath.errors import RecipeError, RunError
 from heatbath.recipe import Recipe
 
-CHECKPOINTS = {"pretrain": "base", "sft": "init", "rl": "final"}
+# A recipe has [preference] or [rl], never both.
+CHECKPOINTS = {"pretrain": "base", "sft": "init", "preference": "final", "rl": "final"}
 STAGES = (*CHECKPOINTS, "eval")
 COMPLETE = "complete"  # the mark of a checkpoint whose every file is on the disk
 RESULTS = ("results.json", "report.html", "report.md", "report.json")
@@ -87,7 +89,13 @@ class Run:
     @property
     def policies(self) -> list[str]:
         """The policies of this run in order: base, and init / final where the recipe has that stage."""
-        return ["base", *(CHECKPOINTS[s] for s in ("sft", "rl") if getattr(self.recipe, s) is not None)]
+        trained = ("sft", "preference", "rl")
+        return ["base", *(CHECKPOINTS[s] for s in trained if getattr(self.recipe, s) is not None)]
+
+    def stage_of(self, policy: str) -> str:
+        """The stage that makes a policy in this run."""
+        makers = [stage for stage, made in CHECKPOINTS.items() if made == policy]
+        return next((stage for stage in makers if getattr(self.recipe, stage) is not None), makers[-1])
 
     def checkpoint(self, policy: str) -> Path:
         return self.folder / "checkpoints" / policy
@@ -98,8 +106,9 @@ class Run:
             return self.recipe.model
         folder = self.checkpoint(policy)
         if not folder.is_dir():
-            command = "heatbath run" if policy == "base" else f"heatbath {stage_of(policy)}"
-            raise RunError(f"the run has no '{policy}' policy yet", str(folder), f"{command} makes it")
+            stage = self.stage_of(policy)
+            command = stage if stage in ("sft", "rl") else "run"
+            raise RunError(f"the run has no '{policy}' policy yet", str(folder), f"heatbath {command} makes it")
         return str(folder)
 
     def template_of(self, policy: str) -> str | None:
@@ -129,13 +138,17 @@ class Run:
         """Whether a stage has left its policy, or the evaluation its results."""
         if stage == "eval":
             return (self.folder / "results.json").is_file()
-        return self.checkpoint(CHECKPOINTS[stage]).is_dir()
+        policy = CHECKPOINTS[stage]
+        if getattr(self.recipe, stage) is None and self.stage_of(policy) != stage:
+            return False  # the policy is that of the other stage
+        return self.checkpoint(policy).is_dir()
 
     def begun(self, stage: str) -> bool:
         """Whether a stage has left anything: a log row, a checkpoint, a sample, or its end."""
         if stage == "eval":
             return (self.folder / "samples.jsonl").exists() or self.finished(stage)
-        profiled = stage == "sft" and (self.folder / "surprise.json").exists()
+        measured = {"sft": "surprise.json", "rl": "readiness.json"}.get(stage)
+        profiled = measured is not None and (self.folder / measured).exists()
         return profiled or self.finished(stage) or self.working(stage).exists() or bool(self.metrics(stage))
 
     def forget(self, stage: str) -> None:
@@ -154,6 +167,8 @@ class Run:
         self._keep_rows("metrics.jsonl", lambda row: row["stage"] != stage)
         if stage == "sft":
             (self.folder / "surprise.json").unlink(missing_ok=True)
+        elif stage == "rl":
+            (self.folder / "readiness.json").unlink(missing_ok=True)
         shutil.rmtree(self.working(stage), ignore_errors=True)
         shutil.rmtree(doomed, ignore_errors=True)
 
@@ -170,7 +185,7 @@ class Run:
 
         Of what an earlier attempt had logged, only the rows up to its last complete checkpoint stay.
         """
-        final, stage = self.checkpoint(policy), stage_of(policy)
+        final, stage = self.checkpoint(policy), self.stage_of(policy)
         if final.exists():
             raise RunError(
                 f"the '{policy}' policy of this run is already trained",
@@ -237,11 +252,6 @@ class Run:
         """The value stored under that file name, or None."""
         path = self.folder / name
         return json.loads(path.read_text()) if path.is_file() else None
-
-
-def stage_of(policy: str) -> str:
-    """The stage that makes a policy."""
-    return next(stage for stage, made in CHECKPOINTS.items() if made == policy)
 
 
 def is_run(folder: Path) -> bool:

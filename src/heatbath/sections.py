@@ -10,190 +10,26 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Finite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Unit = Annotated[float, Field(ge=0, lt=1)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from heatbath.data_sections import AnyData, Count, Finite, Positive, Rate, Section, Unit, whole
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-
-class Data(Section):
-    """What every source has. Sizes count problems; `paths` solutions of each become demonstrations.
-
-    Rows of `demos` and `prompts` that share `ngram` words in a row with a problem of the files in `decontaminate` are
-    removed. `system` is a system message put before every question.
-    """
-
-    demos: Count = 0
-    validation: Count = 0
-    prompts: Count = 0
-    test: Count = 0
-    paths: Positive = 1
-    system: str | None = None
-    decontaminate: list[Path] = []
-    ngram: Annotated[int, Field(ge=2)] = 13
-
-    @field_validator("decontaminate")
-    @classmethod
-    def whole_paths(cls, value: list[Path]) -> list[Path]:
-        return [_whole(path) for path in value]
-
-
-class ArithmeticData(Data):
-    """The built-in task: sums with worked solutions (`data/arithmetic.py`)."""
-
-    source: Literal["arithmetic"]
-    digits: Annotated[int, Field(ge=1, le=9)] = 2
-    operations: Annotated[list[Literal["+", "-"]], Field(min_length=1)] = ["+"]
-    forms: Annotated[list[Literal["tens", "columns", "round", "ones", "bare"]], Field(min_length=1)] = [
-        "tens",
-        "columns",
-        "round",
-        "ones",
-    ]
-    label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
-    demos: Count = 128
-    validation: Count = 32
-    prompts: Count = 256
-    test: Count = 100
-
-    @field_validator("operations", "forms")
-    @classmethod
-    def distinct(cls, value: list[str]) -> list[str]:
-        if len(set(value)) < len(value):
-            raise ValueError("each may be named once")
-        return value
-
-    @model_validator(mode="after")
-    def enough_forms(self) -> Self:
-        if self.paths > len(self.forms):
-            raise ValueError(f"paths = {self.paths} solutions of a problem need as many forms, not {len(self.forms)}")
-        return self
-
-
-class ReasoningGymData(Data):
-    """A family of reasoning-gym by its name; `options` are that family's own. Its solution is the bare answer."""
-
-    source: Literal["reasoning_gym"]
-    family: str
-    options: dict[str, Any] = {}
-
-
-class Fields(Section):
-    """The names of the fields in the user's own rows.
-
-    `solution` may name several fields, each with one solution of the problem, and a field may hold a list of them.
-    `messages` names a field of chat messages instead: the last assistant turn is the solution, what stands before it
-    the problem. Of the answer field only what follows the last `answer_after` counts. `columns` are numbers that the
-    objective reads: one for the row, or one per supervised token. `kind` labels rows, for the surprise of each kind.
-    `options` are the options of a multiple-choice question, which are asked with it; `tests` the tests of a programming
-    problem (`*` is the whole row, for tables whose columns are the tests).
-    """
-
-    question: str = "question"
-    solution: str | list[str] = "solution"
-    answer: str = "answer"
-    messages: str | None = None
-    answer_after: str | None = None
-    columns: list[str] = []
-    kind: str | None = None
-    options: str | None = None
-    tests: str | None = None
-
-    @field_validator("columns")
-    @classmethod
-    def free_names(cls, value: list[str]) -> list[str]:
-        if value:
-            from heatbath.ideas.statistics import STATS
-
-            taken = {*STATS, "input_ids", "labels", "attention_mask", "position_ids", "seq_lengths", "sequence_weight"}
-            if used := sorted(taken.intersection(value)):
-                raise ValueError(f"'{used[0]}' is the name of something else; rename the column")
-        return value
-
-
-class TableData(Data):
-    """Rows from tables. A split is read from its own table (`demos_from`, …; its size, where given, takes the first
-    rows), else drawn from `pool` by content hash, disjoint from the others. `test_fields` are those of `test_from`
-    where they differ."""
-
-    demos: Count | None = None
-    validation: Count | None = None
-    prompts: Count | None = None
-    test: Count | None = None
-    pool: str | None = None
-    demos_from: str | None = None
-    validation_from: str | None = None
-    prompts_from: str | None = None
-    test_from: str | None = None
-    fields: Fields = Fields()
-    test_fields: Fields | None = None
-
-    @model_validator(mode="after")
-    def pool_where_needed(self) -> Self:
-        if self.pool is None:
-            for split in ("demos", "validation", "prompts", "test"):
-                if getattr(self, split) and getattr(self, f"{split}_from") is None:
-                    raise ValueError(f"{split} = {getattr(self, split)} rows of which table? name {split}_from or pool")
-        return self
-
-
-class FilesData(TableData):
-    """JSON-lines, Parquet or CSV files; paths are relative to `folder`, and that to the working folder."""
-
-    source: Literal["files"]
-    folder: Path = Field(default=Path(), validate_default=True)
-
-    @field_validator("folder")
-    @classmethod
-    def whole_path(cls, value: Path) -> Path:
-        return _whole(value)
-
-
-class HubData(TableData):
-    """A dataset of the Hugging Face hub (or a folder that `datasets.load_dataset` reads); tables are its splits, in the
-    library's own notation (`train`, `train[:1000]`)."""
-
-    source: Literal["hub"]
-    name: str
-    config: str | None = None
-    revision: str | None = None
-
-
-class DeepMathData(TableData):
-    """DeepMath-103K (arXiv 2504.11456; MIT) in the first paper's three disjoint random subsets.
-
-    `r1_solution` is which of the three DeepSeek-R1 solutions is learned; the paper does not say which it used. The
-    system message is the one DeepMath's authors prepare their rows with, in our words. `pool` is a local copy, a file
-    or a folder; `fields` are those of the other tables.
-    """
-
-    source: Literal["deepmath"]
-    name: str = "zwhe99/DeepMath-103K"
-    revision: str | None = None
-    demos: Count | None = 10_000
-    validation: Count | None = 1_000
-    prompts: Count | None = 10_000
-    r1_solution: Literal[1, 2, 3] = 1
-    system: str | None = "Please reason step by step, and put your final answer within \\boxed{}."
-
-    @field_validator("pool")
-    @classmethod
-    def whole_path(cls, value: str | None) -> str | None:
-        return value if value is None or value == "train" else str(_whole(Path(value)))
-
-    @model_validator(mode="after")
-    def pool_where_needed(self) -> Self:
-        return self
-
-
-AnyData = Annotated[
-    ArithmeticData | ReasoningGymData | FilesData | HubData | DeepMathData, Field(discriminator="source")
-]
+SHIPPED_PREFERENCES = ("sums", "sums-labelled")
+# By method, the default first. TRL's aot and aot_unpaired sort a micro-batch and its sft averages over its tokens, so
+# that their value hangs on how a batch is split.
+PREFERENCE_LOSSES: dict[str, tuple[str, ...]] = {
+    "dpo": (
+        "sigmoid",
+        "ipo",
+        "hinge",
+        "robust",
+        "nca_pair",
+        "bco_pair",
+        "sppo_hard",
+        "apo_zero",
+        "apo_down",
+        "sigmoid_norm",
+    ),
+    "una": ("mse", "bce"),
+}
 
 
 class ObjectiveSpec(BaseModel):
@@ -210,13 +46,35 @@ class ObjectiveSpec(BaseModel):
     @classmethod
     def whole_path(cls, value: str) -> str:
         path, colon, attribute = value.rpartition(":")
-        return f"{_whole(Path(path))}:{attribute}" if colon and path.endswith(".py") else value
+        return f"{whole(Path(path))}:{attribute}" if colon and path.endswith(".py") else value
 
     @model_validator(mode="after")
     def buildable(self) -> Self:
         from heatbath.ideas.objectives import objective
 
         objective(self.name, **self.hyper)
+        return self
+
+
+class PolicySpec(BaseModel):
+    """`name` and that policy's own hyper-parameters, checked against the table in ideas/policy.py."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """As a recipe gives them; functions of one's own by whole paths."""
+        return {
+            key: ObjectiveSpec.whole_path(value) if key in ("advantage", "surrogate") else value
+            for key, value in (self.model_extra or {}).items()
+        }
+
+    @model_validator(mode="after")
+    def buildable(self) -> Self:
+        from heatbath.ideas.policy import policy
+
+        policy(self.name, **self.hyper)
         return self
 
 
@@ -254,7 +112,7 @@ class Pretrain(Optimizer):
 
 
 class Lora(Section):
-    """Low-rank adapters in both training stages (arXiv 2106.09685), merged into a plain model at the end of each. The
+    """Low-rank adapters in every training stage (arXiv 2106.09685), merged into a plain model at the end of each. The
     base's view is then the same model with its adapters off."""
 
     rank: Positive = 16
@@ -320,13 +178,82 @@ class SFT(Optimizer):
         return self
 
 
+class Preference(Optimizer):
+    """Learning from preferences written down beforehand, from the warm start (or the base): no sampling, no grading.
+    Makes the policy `final`, as `[rl]` does.
+
+    `method` is "dpo" (arXiv 2305.18290), for pairs, or "una" (arXiv 2408.15339), for pairs, scores in [0, 1] and
+    labels, also mixed. `data` is a file of them (docs/preference.md), or one that ships with heatbath: "sums" (pairs)
+    or "sums-labelled". `beta` scales the implicit reward; without it pairs take 0.1 (TRL and DPO's authors), scores
+    0.03 and labels 0.01 (UNA's authors). `loss` of "dpo" is one of TRL's that are means over pairs (default sigmoid),
+    of "una" what scores and labels are compared by: "mse" (default) or "bce".
+
+    lr, schedule and AdamW's numbers are TRL's, batch and epochs those of DPO's paper. UNA's authors train LoRA adapters
+    with lr 3e-5 (scores) or 5e-6 (labels). `batch` and `micro_batch` count rows; a pair is two sequences. Dropout is
+    off, that of `[lora]` too. More than 1 % of rows longer than `max_length` is an error unless `truncate`. `trainer`
+    holds any field of `trl.DPOConfig`.
+    """
+
+    method: Literal["dpo", "una"] = "dpo"
+    data: str
+    beta: Finite | None = None
+    loss: str | None = None
+    lr: Finite = 1e-6
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    weight_decay: Rate = 0.0
+    adam_betas: tuple[Unit, Unit] = (0.9, 0.999)
+    epochs: Finite = 1
+    max_steps: Positive | None = None
+    batch: Positive = 64
+    micro_batch: Positive = 8
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    truncate: bool = False
+    log_every: Positive = 1
+    trainer: dict[str, Any] = {}
+
+    @field_validator("data")
+    @classmethod
+    def whole_path(cls, value: str) -> str:
+        return value if value in SHIPPED_PREFERENCES else str(whole(Path(value)))
+
+    @field_validator("trainer")
+    @classmethod
+    def known_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _checked_fields("preference", value)
+
+    @model_validator(mode="after")
+    def fitting_loss(self) -> Self:
+        known = PREFERENCE_LOSSES[self.method]
+        if self.loss is not None and self.loss not in known:
+            raise ValueError(f"loss '{self.loss}' is none of method '{self.method}', which has {', '.join(known)}")
+        if self.trainer or self.loss == "robust":
+            from heatbath.stages.trainer_fields import check_read
+
+            check_read(self.method, self.loss or known[0], self.trainer)
+        return self
+
+    @model_validator(mode="after")
+    def divisible(self) -> Self:
+        if self.batch % min(self.micro_batch, self.batch):
+            raise ValueError(f"batch ({self.batch}) must be a multiple of micro_batch ({self.micro_batch})")
+        return self
+
+    def beta_of(self, kind: str) -> float:
+        """The β of a row that is a "pair", a "score" or a "label"."""
+        return self.beta if self.beta is not None else {"pair": 0.1, "score": 0.03, "label": 0.01}[kind]
+
+
 class RL(Optimizer):
     """Reinforcement learning. `prompts` are sampled at once, `update_prompts` enter one optimizer step, each with
     `group_size` completions; `micro_batch` counts completions per forward pass. `max_steps` ends before `epochs` do.
-    `save_every` is rounded up to whole generations. `trainer` holds any field of `trl.GRPOConfig`."""
+    `save_every` is rounded up to whole generations. `trainer` holds any field of `trl.GRPOConfig`.
 
-    policy: Literal["paper"] = "paper"
-    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    `policy` is a name of the table (`heatbath recipes --policies`) or `{ name = "dapo", clip_high = 0.3 }`. Every
+    `eval_every` steps (0: never) the first `eval_prompts` test problems are answered once each. Before the first step
+    `readiness` prompts are answered by the start, `group_size` times each, to say whether RL would have a signal.
+    """
+
+    policy: PolicySpec = Field(default_factory=lambda: PolicySpec(name="paper"))
     lr: Finite = 1e-6
     epochs: Finite = 1
     max_steps: Positive | None = None
@@ -337,13 +264,34 @@ class RL(Optimizer):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     max_new_tokens: Positive = 8192
     kl_every: Positive = 1
+    eval_every: Count = 0
+    eval_prompts: Positive = 64
+    readiness: Count = 32
     save_every: Count = 10
     trainer: dict[str, Any] = {}
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def shorthand(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
     @field_validator("trainer")
     @classmethod
     def known_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
         return _checked_fields("rl", value)
+
+    @model_validator(mode="after")
+    def whole_groups(self) -> Self:
+        from heatbath.ideas.guided import Guided
+        from heatbath.ideas.policy import policy
+
+        made = policy(self.policy.name, **self.policy.hyper)
+        if isinstance(made, Guided):
+            try:
+                made.rounds_of(self.group_size)
+            except ValueError as error:
+                raise ValueError(f"policy '{self.policy.name}', group_size = {self.group_size}: {error}") from None
+        return self
 
     @model_validator(mode="after")
     def divisible(self) -> Self:
@@ -421,6 +369,7 @@ class Reward(Section):
 
 class Recipe(Section):
     """A whole run. A stage without its table is left out: no `[sft]` is direct RL, no `[rl]` is SFT alone.
+    `[preference]` takes the place of `[rl]`.
 
     `model` is where the base comes from, unless `[pretrain]` makes it. `template` is a chat template for models without
     one (or instead of theirs): the name of a shipped one, or a Jinja file.
@@ -434,6 +383,7 @@ class Recipe(Section):
     pretrain: Pretrain | None = None
     lora: Lora | None = None
     sft: SFT | None = None
+    preference: Preference | None = None
     rl: RL | None = None
     eval: Eval = Eval()
     reward: Reward = Reward()
@@ -447,6 +397,8 @@ def contradictions(table: dict[str, Any]) -> list[str]:
         found.append("model: required (or a [pretrain] table that makes one)")
     if {"model", "pretrain"} <= table.keys():
         found.append("model: [pretrain] makes the base from nothing; leave out model, or [pretrain]")
+    if {"preference", "rl"} <= table.keys():
+        found.append("preference: [preference] and [rl] both make the policy 'final'; leave out one of them")
     data = table.get("data")
     if isinstance(data, dict) and data.get("source") in ("files", "hub"):
         for stage, split in (("pretrain", "demos"), ("sft", "demos"), ("rl", "prompts")):
@@ -454,11 +406,6 @@ def contradictions(table: dict[str, Any]) -> list[str]:
             if stage in table and not given:
                 found.append(f"data: the {stage} stage reads data.{split}, and the recipe gives it no row")
     return found
-
-
-def _whole(path: Path) -> Path:
-    """Absolute, so that a run can be gone on with from any working folder."""
-    return path.expanduser().absolute()
 
 
 def _checked_fields(stage: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from heatbath.ideas.passk import mean_with_interval, paired_difference, pass_at_k
+from heatbath.ideas.passk import (
+    difference,
+    informative_share,
+    mean_with_interval,
+    paired_difference,
+    pass_at_k,
+)
 
 
 @pytest.mark.parametrize("n", [1, 4, 7])
@@ -16,6 +22,15 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n: int) -> None:
         draws = list(itertools.combinations([i < right for i in range(n)], k))
         brute = sum(any(draw) for draw in draws) / len(draws)
         assert pass_at_k(right, n, k)[0] == pytest.approx(brute, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 5, 7])
+def test_informative_share_is_that_of_subsets_with_a_right_and_a_wrong_sample(n: int) -> None:
+    for right, group in itertools.product(range(n + 1), range(2, n + 1)):
+        draws = list(itertools.combinations([i < right for i in range(n)], group))
+        brute = sum(len(set(draw)) == 2 for draw in draws) / len(draws)
+        assert informative_share(right, n, group)[0] == pytest.approx(brute, abs=1e-12)
+    assert informative_share([0, 1, n], n, n).tolist() == [0.0, 1.0, 0.0]  # of one group: whether it was
 
 
 def test_pass_at_k_takes_questions_with_different_samples() -> None:
@@ -73,3 +88,22 @@ def test_one_question_has_no_interval() -> None:
     assert math.isnan(mean_with_interval([0.5]).low)
     with pytest.raises(ValueError, match="no questions"):
         mean_with_interval([])
+
+
+def test_difference_of_independent_estimates_covers() -> None:
+    """32 against 24 trials of shares 0.1 and 0.4, 2,000 simulations: 93 to 98 % at a nominal 95 %."""
+    generator = np.random.default_rng(3)
+    covered = 0
+    for _ in range(2000):
+        a, b = (
+            mean_with_interval((generator.random(n) < p).astype(float), bounds=(0.0, 1.0))
+            for n, p in ((32, 0.1), (24, 0.4))
+        )
+        gap = difference(a, b)
+        assert gap.mean == pytest.approx(b.mean - a.mean)
+        covered += gap.low <= 0.3 <= gap.high
+    assert 0.93 < covered / 2000 < 0.98
+
+
+def test_an_estimate_of_one_question_has_no_bounds_in_json() -> None:
+    assert mean_with_interval([0.5]).numbers() == {"mean": 0.5, "low": None, "high": None}

@@ -128,3 +128,72 @@ def test_a_run_with_nothing_but_its_recipe_has_a_page_too(tmp_path: Path) -> Non
     recipe = recipes.parse({"model": "m", "data": {"source": "arithmetic"}})
     page = write_report(Run.create(tmp_path / "run", recipe))["html"].read_text()
     assert "no warm start" in page and "<svg" not in page
+
+
+READINESS = {
+    "prompts": 32,
+    "of_prompts": 256,
+    "group_size": 8,
+    "temperature": 1.0,
+    "max_new_tokens": 64,
+    "pass": {"1": {"mean": 0.1, "low": 0.05, "high": 0.15}, "8": {"mean": 0.4, "low": 0.2, "high": 0.6}},
+    "informative_share": {"mean": 0.375, "low": 0.2, "high": 0.55},
+    "all_right_share": {"mean": 0.0, "low": 0.0, "high": 0.11},
+    "all_wrong_share": {"mean": 0.625, "low": 0.45, "high": 0.8},
+    "truncated_share": {"mean": 0.25, "low": 0.2, "high": 0.3},
+    "eos_rate": {"mean": 0.75, "low": 0.7, "high": 0.8},
+    "mean_tokens": 30.25,
+    "entropy": 0.512,
+    "judged": True,
+    "notes": ["sampled without top_p of rl.trainer"],
+    "warnings": ["60% of 256 completions were cut at 64 tokens; raise rl.max_new_tokens"],
+}
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Run:
+    """A run of RL alone: readiness, and 40 steps in which the reward rises and held-out accuracy falls."""
+    recipe = recipes.parse({"model": "m", "data": {"source": "arithmetic"}, "rl": {}})
+    run = Run.create(tmp_path / "run", recipe)
+    run.write_json("readiness.json", READINESS)
+    for step in range(40):
+        shares = {"informative_share": 0.375, "truncated_share": 0.1, "clip_share": 0.0, "completion_tokens": 30.0}
+        values = {"reward": 0.3 + 0.01 * step + 0.01 * (step % 3), "entropy": 0.3, "learning_rate": 1e-6, **shares}
+        run.log("rl", step + 1, {**values, "grad_norm": 0.2, "step_seconds": 1.0})
+        if step % 4 == 0:
+            run.log("rl", step + 1, {"held_out/right": 0.6 - 0.005 * step - 0.01 * (step % 3), "held_out/reward": 0.6})
+    return run
+
+
+def test_readiness_and_findings_are_in_every_form(trained: Run) -> None:
+    paths = write_report(trained)
+    page, text, told = paths["html"].read_text(), paths["md"].read_text(), json.loads(paths["json"].read_text())
+    for said in ("Readiness", "pass@8", "0.400 [0.200, 0.600]", "0.512 nats per token", "raise rl.max_new_tokens"):
+        assert said in page and said in text
+    assert "Sampled without top_p of rl.trainer." in page
+    assert "0.375 [0.290, 0.460] as predicted" in text  # 48 of the 128 groups of the first generation
+    assert "train–eval gap" in page and "**train–eval gap**: from step 1 to 37" in text
+    assert "40 optimizer steps of 1.0 s. 62% of the groups had no signal" in page
+    (found,) = told["findings"]
+    assert found["name"] == "train–eval gap" and found["number"] < -0.1 and told["unjudged"] == []
+    assert told["readiness"]["happened"]["as_predicted"] is True and told["readiness"]["entropy"] == 0.512
+
+
+def test_held_out_accuracy_stands_beside_the_reward_where_it_was_measured(trained: Run, report: Path) -> None:
+    drawn = write_report(trained)["html"].read_text()
+    assert drawn.index(">mean reward<") < drawn.index(">held-out accuracy<") < drawn.index(">informative groups<")
+    assert ">tokens per completion<" in drawn
+    assert "held-out accuracy" not in report.read_text()
+
+
+def test_no_finding_is_said_plainly_and_so_is_what_could_not_be_judged(trained: Run, report: Path) -> None:
+    assert "<h2>Findings</h2>\n<p>None could be judged.</p>" in report.read_text()
+    assert "Not judged: train–eval gap (it takes 6 held-out" in report.read_text()
+    assert "Readiness" not in report.read_text()  # that run has none
+    text = (report.parent / "report.md").read_text()
+    assert "## Findings\n\nNone could be judged.\n\n- not judged: train–eval gap" in text
+    for step in range(41, 61):  # accuracy recovers
+        trained.log("rl", step, {"held_out/right": 0.6})
+    assert "<h2>Findings</h2>\n<p>None.</p>" in write_report(trained)["html"].read_text()
+    trained.forget("rl")
+    assert "Findings" not in write_report(trained)["html"].read_text()

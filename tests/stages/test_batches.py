@@ -229,7 +229,7 @@ def test_lora_through_both_stages_leaves_plain_models(small_base: Path, tmp_path
     moved = [n for n, p in init.named_parameters() if not torch.equal(p, base.get_parameter(n))]
     assert moved and all("_proj" in n for n in moved), "merged adapters move the projections and nothing else"
     run_rl(run, recipe, Progress(quiet=True))
-    assert not list(run.checkpoint("final").glob("adapter*"))
+    assert not list(run.checkpoint("final").glob("adapter_*"))
     kl = [row["kl_init"] for row in run.metrics("rl")]
     assert abs(kl[0]) < 1e-5 and len(kl) == 2, "the start of RL is the model with its adapters off"
 

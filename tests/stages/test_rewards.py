@@ -99,9 +99,10 @@ def test_a_reward_model_is_the_whole_reward_unless_weights_say_otherwise() -> No
     ("body", "said"),
     [
         (
-            "def f(completions, **_): return [float('nan')] * len(completions)",
+            "def f(completions, **_): return [None] * len(completions)",
             "no completion of this step got a reward",
         ),
+        ("def f(completions, **_): return [1.0, float('nan')] * (len(completions) // 2)", "f gave nan for completion 1"),
         ("def f(completions): return [1.0] * len(completions)", "mine.py:f raised TypeError"),
         ("def f(completions, **_): return [1.0]", "mine.py:f gave 1 rewards for 8"),
         ("def f(completions, **_): return 'text'", "mine.py:f raised ValueError"),
@@ -114,7 +115,7 @@ def test_faults_of_ones_own_function_stop_the_run(
     monkeypatch.chdir(tmp_path)
     row = {"question": "1 + 1?", "answer": "2"}
     made = recipe(small_base, tmp_path, row, {"weights": {"verdict": 0.0, "mine.py:f": 1.0}})
-    if "nan" in body:  # the verdicts, too, give no signal
+    if "None" in body:  # the verdicts, too, give no signal
         monkeypatch.setattr(Verdict, "score", property(lambda self: None))
     with pytest.raises(RunError, match=said):
         run_rl(Run.create(tmp_path / "run", made), made, Progress(quiet=True))

@@ -14,8 +14,9 @@ from heatbath.errors import DataError, RunError
 from heatbath.ideas.policy import policy
 from heatbath.progress import Progress
 from heatbath.run import Run
+from heatbath.stages.policy_trainer import PolicyTrainer
 from heatbath.stages.rewards import verdict_reward
-from heatbath.stages.rl import PolicyTrainer, run_rl, total_steps
+from heatbath.stages.rl import run_rl, total_steps
 from heatbath.verify.math import MathGrader
 
 G, PROMPTS = 4, 4
@@ -52,11 +53,11 @@ def arguments(folder: Path, **kwargs) -> trl.GRPOConfig:
     return trl.GRPOConfig(output_dir=str(folder), **{**settings, **kwargs})
 
 
-def make(folder: Path, cls=PolicyTrainer, **kwargs) -> trl.GRPOTrainer:
+def make(folder: Path, cls=PolicyTrainer, goal=None, **kwargs) -> trl.GRPOTrainer:
     dataset = Dataset.from_list(
         [{"prompt": [{"role": "user", "content": f"What is {i} + {i}?"}]} for i in range(10, 10 + 2 * PROMPTS)]
     )
-    extra = {"policy": policy("paper"), "initial": small_model(), "kl_every": 1} if cls is PolicyTrainer else {}
+    extra = {"policy": goal or policy("paper"), "initial": small_model(), "kl_every": 1} if cls is PolicyTrainer else {}
     return cls(
         model=small_model(),
         args=arguments(folder, **kwargs),
@@ -76,60 +77,17 @@ def recorded_window(trainer: trl.GRPOTrainer) -> list[dict]:
     return trainer._buffered_inputs
 
 
-def test_loss_is_the_clipped_surrogate_over_the_tokens_of_the_optimizer_step(tmp_path: Path) -> None:
-    trainer = make(tmp_path)
-    batches = recorded_window(trainer)
-    for p in trainer.model.parameters():  # move away from the sampling policy, so that ratios clip
-        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    for window in (batches[:2], batches[2:]):
-        tokens = sum(int(b["completion_mask"].sum()) for b in window)
-        total = 0.0
-        for batch in window:
-            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-            mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-            T = batch["completion_ids"].shape[1]
-            logits = trainer.model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-            logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)[:, -T:]
-            for b in range(len(ids)):
-                for t in range(T):
-                    if batch["completion_mask"][b, t]:
-                        r = (logp[b, t] - batch["old_per_token_logps"][b, t]).exp()
-                        a = batch["advantages"][b]
-                        total = total - torch.min(r * a, r.clamp(0.8, 1.2) * a) / tokens
-        found = sum(trainer._compute_loss(trainer.model, batch) for batch in window)
-        assert found.item() == pytest.approx(total.item(), rel=1e-4)
-    clipped, tokens = trainer._token_sums["clip_share"].tolist()
-    assert 0 < clipped < tokens == sum(int(b["completion_mask"].sum()) for b in batches)
-
-
-def test_loss_and_gradient_are_trls_own_where_token_counts_are_equal(tmp_path: Path) -> None:
-    """TRL's dapo divides by a rescaled generation batch, which is the optimizer step's own count if all are equal."""
-    ours = make(tmp_path / "a", max_completion_length=6)
-    theirs = make(tmp_path / "b", cls=trl.GRPOTrainer, max_completion_length=6)
-    theirs.model.train()
-    theirs.current_gradient_accumulation_steps = 2
-    batches = recorded_window(ours)
-    for batch in batches:
-        batch["completion_mask"] = torch.ones_like(batch["completion_mask"])
-    tokens = sum(int(b["completion_mask"].sum()) for b in batches)
-    for batch in batches:
-        batch |= {"num_items_in_batch": torch.tensor(tokens), "step_tokens": torch.tensor(tokens // 2)}
-        mine, reference = ours._compute_loss(ours.model, batch), theirs._compute_loss(theirs.model, batch)
-        torch.testing.assert_close(mine, reference)
-        mine.backward()
-        reference.backward()
-    for p, q in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
+def texts(trainer, output) -> list[str]:
+    kept = [ids[mask.bool()] for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)]
+    return trainer.processing_class.batch_decode(kept, skip_special_tokens=True)
 
 
 def test_advantages_are_centred_in_the_group_and_not_scaled(tmp_path: Path) -> None:
     trainer = make(tmp_path)
-    rewards = {}
-    original = trainer._calculate_rewards
-    trainer._calculate_rewards = lambda *a: rewards.setdefault("r", original(*a))
     output = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(2) for _ in range(G)])
-    r = rewards["r"].view(2, G)
-    torch.testing.assert_close(output["advantages"].view(2, G), r - r.mean(1, keepdim=True))
+    r = torch.tensor(even_letters([[{"content": t}] for t in texts(trainer, output)]), dtype=torch.float64)
+    r = r.view(2, G)
+    torch.testing.assert_close(output["advantages"].view(2, G), r - r.mean(1, keepdim=True), rtol=1e-6, atol=1e-7)
 
 
 def test_kl_to_the_start_is_zero_at_the_start_and_then_grows(tmp_path: Path) -> None:

@@ -317,7 +317,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = Path(__file__).with_name("two_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
     done = subprocess.run(
-        [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(folder), *MODES],
+        [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(folder), *MODES, "una"],
         capture_output=True,
         text=True,
         timeout=200,
@@ -336,6 +336,14 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path, two_processes: Path,
     whole, _ = one_step(tmp_path / mode, micro=8, accumulation=1, reduction=reduction, policy=policy)
     found = torch.load(two_processes / f"{mode}.pt")
     assert distance(found, whole) < (1e-6 if mode == "hidden_cache" else 1e-10)
+
+
+def test_two_processes_take_the_steps_of_one_in_preference(tmp_path: Path, two_processes: Path) -> None:
+    """UNA of pairs, scores and labels, 2 ranks × 1 row × 2 against 1 × 1 × 4, and a smaller step at the end."""
+    from test_preference import two_steps
+
+    found, whole = torch.load(two_processes / "una.pt"), two_steps(tmp_path)
+    assert max(float((found[name] - p).abs().max()) for name, p in whole.items()) < 1e-5
 
 
 def test_validation_is_token_weighted(small_base: Path, tmp_path: Path) -> None:

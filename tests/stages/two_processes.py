@@ -1,4 +1,5 @@
-"""One rank of `test_two_processes_take_the_step_of_one`; rank 0 writes the gradient it sees in each mode."""
+"""One rank of `test_two_processes_take_the_step_of_one`; rank 0 writes the gradient it sees in each mode,
+and the weights after steps on preferences."""
 
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+from test_preference import two_steps  # noqa: E402
 from test_sft import BETA, demonstrations, one_step  # noqa: E402
 
 from conftest import small_model  # noqa: E402 - the path above comes first
@@ -28,6 +30,12 @@ def data_parallel(out: Path, mode: str) -> dict:
     shape = {"micro": 2, "accumulation": 2, "ranks": 2}
     gradient, _ = one_step(out.with_suffix(""), **shape, reduction=reduction, reference=reference)
     return {name.removeprefix("module."): g for name, g in gradient.items()}
+
+
+def preferred(out: Path) -> dict:
+    folder = out.with_suffix("") / str(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
+    folder.mkdir(parents=True, exist_ok=True)
+    return two_steps(folder, ranks=2)
 
 
 def fully_sharded(mode: str) -> dict:
@@ -56,7 +64,10 @@ if __name__ == "__main__":
         if not torch.distributed.is_initialized() and mode.startswith("fsdp2"):
             torch.distributed.init_process_group("gloo")
         out = folder / f"{mode}.pt"
-        gradient = fully_sharded(mode) if mode.startswith("fsdp2") else data_parallel(out, mode)
+        if mode == "una":
+            gradient = preferred(out)
+        else:
+            gradient = fully_sharded(mode) if mode.startswith("fsdp2") else data_parallel(out, mode)
         if int(torch.distributed.get_rank()) == 0:
             torch.save(gradient, out)
     torch.distributed.destroy_process_group()

@@ -11,7 +11,7 @@ import pytest
 from test_choice import LETTERS, grade
 
 from heatbath.data.tables import load
-from heatbath.sections import Fields, FilesData
+from heatbath.data_sections import Fields, FilesData
 from heatbath.verify.choice import ChoiceGrader
 from heatbath.verify.choice_rules import plain, worded
 

@@ -39,19 +39,19 @@ def rendered(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Re
         require_one_bos(made.input_ids, tokenizer.bos_token_id, where)
         require_end_supervised(made, tokenizer.eos_token_id, where)
         out.append(made)
-    require_known_tokens(tokenizer, [row.input_ids for row in out], rows, split)
+    require_known_tokens(tokenizer, [row.input_ids for row in out], rows, f"data.{split}")
     if recipe.sft is None or not recipe.sft.truncate:
-        require_few_truncated(out, rows, longest, split)
+        require_few_truncated(out, rows, longest, f"data.{split}")
     return out
 
 
-def require_supervised(row: Rendered, where: str, max_length: int) -> None:
+def require_supervised(row: Rendered, where: str, max_length: int, stage: str = "sft") -> None:
     """At least one token of the row must be learned."""
     if row.supervised == 0:
         raise DataError(
             f"no supervised token: the prompt alone fills max_length = {max_length}",
             where,
-            "raise sft.max_length or drop the row",
+            f"raise {stage}.max_length or drop the row",
         )
 
 
@@ -86,20 +86,22 @@ def require_one_bos(ids: Sequence[int], bos: int | None, where: str) -> None:
         )
 
 
-def require_few_truncated(made: Sequence[Rendered], rows: Sequence[Row], longest: int, split: str) -> None:
-    """Cut rows teach answers without an end; more than `MOST_TRUNCATED` of them needs `sft.truncate = true`."""
+def require_few_truncated(
+    made: Sequence[Rendered], rows: Sequence[Row], longest: int, where: str, stage: str = "sft"
+) -> None:
+    """Cut rows teach answers without an end; more than `MOST_TRUNCATED` of them needs the stage's `truncate = true`."""
     cut = [i for i, row in enumerate(made) if row.truncated]
     if len(cut) > MOST_TRUNCATED * len(made):
         raise DataError(
-            f"{len(cut):,} of {len(made):,} rows ({len(cut) / len(made):.1%}) are longer than sft.max_length = "
-            f"{longest} and would lose their end, the answer and EOS",
-            f"data.{split}, first: {rendering.place(rows[cut[0]])}",
-            "raise sft.max_length, drop the long rows, or set sft.truncate = true",
+            f"{len(cut):,} of {len(made):,} rows ({len(cut) / len(made):.1%}) are longer than {stage}.max_length "
+            f"= {longest} and would lose their end, the answer and EOS",
+            f"{where}, first: {rendering.place(rows[cut[0]])}",
+            f"raise {stage}.max_length, drop the long rows, or set {stage}.truncate = true",
         )
 
 
 def require_known_tokens(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]], rows: Sequence[Row], split: str
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]], rows: Sequence[Row], where: str
 ) -> None:
     """Text that the tokenizer cannot write becomes one and the same unknown token; up to `MOST_UNKNOWN` of rows may."""
     unknown = tokenizer.unk_token_id
@@ -110,9 +112,37 @@ def require_known_tokens(
         raise DataError(
             f"{len(bad):,} of {len(rows):,} rows hold characters that the tokenizer does not know "
             f"({tokenizer.unk_token})",
-            f"data.{split}, first: {rendering.place(bad[0])}",
+            f"{where}, first: {rendering.place(bad[0])}",
             "replace the characters, or take a model whose tokenizer knows them",
         )
+
+
+def demonstrations(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe) -> list[list[int]]:
+    """The token ids of each prompt's solution, EOS included, for policies that learn from them during RL. Raises
+    DataError where one is missing, or where more than 1 % are longer than a completion may be."""
+    assert recipe.rl is not None
+    longest, name = recipe.rl.max_new_tokens, recipe.rl.policy.name
+    missing = [row for row in rows if row.solution is None]
+    if missing:
+        raise DataError(
+            f"{len(missing):,} of {len(rows):,} prompts have no solution, which the policy '{name}' learns from",
+            f"data.prompts, first: {rendering.place(missing[0])}",
+            "name the column of the solutions in data.fields.solution, or take a policy that needs none",
+        )
+    out = []
+    for row in rows:
+        require_no_end_inside(tokenizer, row)
+        made = rendering.render(tokenizer, row, system=recipe.data.system)
+        out.append([label for label in made.labels if label != IGNORE])
+    long = [i for i, ids in enumerate(out) if len(ids) > longest]
+    if len(long) > MOST_TRUNCATED * len(rows):
+        raise DataError(
+            f"{len(long):,} of {len(rows):,} solutions are longer than rl.max_new_tokens = {longest} and would be cut "
+            "before their end",
+            f"data.prompts, first: {rendering.place(rows[long[0]])}",
+            "raise rl.max_new_tokens, or drop the long rows",
+        )
+    return out
 
 
 def require_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
@@ -132,7 +162,7 @@ def require_askable(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], rec
     ids = [rendering.prompt_ids(tokenizer, rendering.messages(row, recipe.data.system)) for row in rows]
     for row, tokens in zip(rows, ids, strict=True):
         require_one_bos(tokens, tokenizer.bos_token_id, f"data.{split}, {rendering.place(row)}")
-    require_known_tokens(tokenizer, ids, rows, split)
+    require_known_tokens(tokenizer, ids, rows, f"data.{split}")
 
 
 def require_gold(grader: Grader, rows: Sequence[Row], split: str, kind: Kind = "math") -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from heatbath.data import arithmetic, tables
 from heatbath.data.contamination import contamination_note, read_problems, without_shared_ngrams
 from heatbath.data.rows import HELD_OUT, Row, Splits, position
+from heatbath.data_sections import AnyData, ArithmeticData, ReasoningGymData
 from heatbath.errors import DataError, RecipeError
-from heatbath.sections import AnyData, ArithmeticData, ReasoningGymData
 
 if TYPE_CHECKING:
     from heatbath.recipe import Recipe

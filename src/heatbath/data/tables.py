@@ -13,8 +13,8 @@ from typing import Any
 
 from heatbath.data.contamination import Contaminated, contamination_note, read_problems, without_shared_ngrams
 from heatbath.data.rows import Row, Splits, split_by_content
+from heatbath.data_sections import DeepMathData, Fields, FilesData, HubData
 from heatbath.errors import DataError
-from heatbath.sections import DeepMathData, Fields, FilesData, HubData
 from heatbath.verify.choice import read_options
 
 Record = tuple[dict[str, Any], str]  # what the table holds, and where
@@ -57,7 +57,7 @@ def _from_pool(
     fields = _deepmath_fields(data) if isinstance(data, DeepMathData) else data.fields
     needs = tuple(sorted({NEEDS[split] for split, size in sizes.items() if size}))
     first = fields.solution if isinstance(fields.solution, str) else fields.solution[0]
-    read = [(r, w) for r, w in _read(data, name, "data.pool") if not deepmath or _text(r.get(first), first, w)]
+    read = [(r, w) for r, w in _read(data, name, "data.pool") if not deepmath or as_text(r.get(first), first, w)]
     rows = [row for record, where in read for row in _rows(record, where, fields, needs, 99)]
     answers: dict[str, str | None] = {}
     solutions: dict[str, list[str | None]] = {}
@@ -238,7 +238,7 @@ def _rows(record: dict[str, Any], where: str, fields: Fields, need: tuple[str, .
     if fields.options is not None:
         options = _options(record, fields.options, where)
         question = "\n".join([question, *(f"{label}. {text}" for label, text in options.items())])
-    kind = _text(record.get(fields.kind), fields.kind, where) or "" if fields.kind is not None else ""
+    kind = as_text(record.get(fields.kind), fields.kind, where) or "" if fields.kind is not None else ""
     columns = {name: _numbers(record, name, where) for name in (fields.columns if "solution" in need else ())}
     chosen: list[str | None] = [*solutions[:most]] or [None]
     if len(chosen) > 1 and (lists := [name for name, value in columns.items() if isinstance(value, list)]):
@@ -260,7 +260,7 @@ def _gold(record: dict[str, Any], fields: Fields, where: str) -> str | None:
         tests = record if fields.tests == "*" else record.get(fields.tests)
         tests = {"test_list": tests} if isinstance(tests, list) and tests else tests  # assertions, as in MBPP
         return None if not tests else tests if isinstance(tests, str) else json.dumps(tests)
-    answer = _text(record.get(fields.answer), fields.answer, where)
+    answer = as_text(record.get(fields.answer), fields.answer, where)
     if answer is not None and fields.answer_after is not None:
         answer = _after(answer, fields.answer_after, where)
     if answer is not None and fields.options is not None:
@@ -340,10 +340,11 @@ def _after(text: str, marker: str, where: str) -> str:
 def _texts(record: dict[str, Any], name: str, where: str) -> list[str]:
     value = record.get(name)
     values = value if isinstance(value, list) else [value]
-    return [text for v in values if (text := _text(v, name, where)) is not None]
+    return [text for v in values if (text := as_text(v, name, where)) is not None]
 
 
-def _text(value: Any, name: str, where: str) -> str | None:
+def as_text(value: Any, name: str, where: str) -> str | None:
+    """A field's text, or None where it holds none. Raises DataError for anything that is neither text nor number."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, float) and not math.isfinite(value):
@@ -354,7 +355,7 @@ def _text(value: Any, name: str, where: str) -> str | None:
 
 
 def _required(record: dict[str, Any], name: str, what: str, where: str) -> str:
-    text = _text(record.get(name), name, where)
+    text = as_text(record.get(name), name, where)
     if text is None:
         raise _missing(record, name, what, where)
     return text

@@ -410,7 +410,7 @@ def objective(name: str, **hyper: Any) -> Objective:
             raise ValueError(f"objective '{name}' needs '{key}'")
     types = get_type_hints(cls) if known else {}
     try:
-        built = cls(**{key: _typed(key, value, types[key]) for key, value in hyper.items()})
+        built = cls(**{key: typed(key, value, types[key]) for key, value in hyper.items()})
     except (ValueError, TypeError) as error:
         raise ValueError(f"objective '{name}': {error}") from None
     if not (isinstance(built, Objective) and isinstance(built.needs, tuple | list)):
@@ -418,7 +418,7 @@ def objective(name: str, **hyper: Any) -> Objective:
     return built
 
 
-def _typed(key: str, value: Any, wanted: Any) -> Any:
+def typed(key: str, value: Any, wanted: Any) -> Any:
     """A hyper-parameter in the type its dataclass declares; what has no plain type checks itself."""
     if wanted is bool or isinstance(value, bool):
         if wanted is not bool or not isinstance(value, bool):
@@ -427,7 +427,7 @@ def _typed(key: str, value: Any, wanted: Any) -> Any:
     if get_origin(wanted) is Literal:
         if value not in get_args(wanted):
             raise ValueError(f"{key} must be one of {', '.join(map(repr, get_args(wanted)))}, not {value!r}")
-    elif wanted is int:
+    elif wanted is int or wanted == int | None:
         if not isinstance(value, int):
             raise ValueError(f"{key} must be a whole number, not {value!r}")
     elif wanted is float or wanted == float | None:

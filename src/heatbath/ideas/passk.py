@@ -39,6 +39,17 @@ def _pass_at_k(right: int, samples: int, k: int) -> float:
     return 1.0 - math.prod(1.0 - k / i for i in range(samples - right + 1, samples + 1))
 
 
+def informative_share(right: ArrayLike, samples: ArrayLike, group: int) -> Floats:
+    """Probability that `group` samples drawn without replacement hold a right and a wrong one, [Q]: without both, a
+    group-relative advantage is 0.
+
+    Unbiased: 1 − C(n − c, G) / C(n, G) − C(c, G) / C(n, G); with n = G whether 0 < c < n. Raises ValueError as
+    `pass_at_k`.
+    """
+    c, n = np.broadcast_arrays(np.atleast_1d(np.asarray(right)), np.asarray(samples))
+    return pass_at_k(c, n, group) + pass_at_k(n - c, n, group) - 1.0
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean over questions with its interval; `low` and `high` are NaN for a single question."""
@@ -51,6 +62,11 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def numbers(self) -> dict[str, float | None]:
+        """Mean and bounds for a JSON file, which has no NaN: a bound that does not exist is None."""
+        bounds = {"mean": self.mean, "low": self.low, "high": self.high}
+        return {key: None if math.isnan(value) else value for key, value in bounds.items()}
 
 
 def mean_with_interval(
@@ -90,3 +106,12 @@ def paired_difference(
     if a.shape != b.shape:
         raise ValueError(f"paired values need the same questions: {a.size} before, {b.size} after")
     return mean_with_interval(b - a, confidence=confidence)
+
+
+def difference(before: Estimate, after: Estimate) -> Estimate:
+    """`after − before` of two independent estimates. The interval is made of theirs (MOVER, Zou and Donner 2008): they
+    need not be symmetric, as those of shares near 0 or 1 are not. `questions` are those of the smaller one."""
+    mean = after.mean - before.mean
+    low = mean - math.hypot(after.mean - after.low, before.high - before.mean)
+    high = mean + math.hypot(after.high - after.mean, before.mean - before.low)
+    return Estimate(mean, low, high, min(before.questions, after.questions), after.confidence)

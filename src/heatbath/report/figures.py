@@ -125,7 +125,7 @@ def sft_curves(rows: list[dict[str, Any]]) -> str:
 @matplotlib.rc_context(STYLE)
 def rl_curves(rows: list[dict[str, Any]]) -> str:
     """What matters in RL, over optimizer steps: never a bare loss."""
-    panels = (
+    panels: tuple[tuple[str, str], ...] = (
         ("reward", "mean reward"),
         ("informative_share", "informative groups"),
         ("truncated_share", "truncated completions"),
@@ -135,15 +135,18 @@ def rl_curves(rows: list[dict[str, Any]]) -> str:
         ("no_answer_share", "completions without an answer"),
         ("failed_share", "verdicts that failed"),
     )
+    if any("held_out/right" in row for row in rows):
+        held_out = ("held_out/right", "held-out accuracy")
+        panels = (panels[0], held_out, *panels[1:], ("completion_tokens", "tokens per completion"))
     rows = [row | _verdict_shares(row) for row in rows]
-    figure, axes = _figure(len(panels), width=6.4, height=5.8, columns=2)
+    figure, axes = _figure(len(panels), width=6.4, height=1.45 * -(-len(panels) // 2), columns=2)
     for panel, (key, title) in zip(axes, panels, strict=True):
         seen = [(r["step"], r[key]) for r in rows if key in r]
         if seen:
             steps, values = zip(*seen, strict=True)
             panel.plot(steps, values, "o-" if len(seen) < 12 else "-", markersize=3, color=COLOURS["final"])
         panel.set_title(title)
-        if key.endswith("share") or (key == "reward" and all(0 <= value <= 1 for _, value in seen)):
+        if key.endswith(("share", "/right")) or (key == "reward" and all(0 <= value <= 1 for _, value in seen)):
             panel.set_ylim(-0.03, 1.03)
     _from_zero(*axes)
     for panel in axes[-2:]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from heatbath import recipe as recipes
-from heatbath.report import figures, tables
+from heatbath.report import figures, findings, tables
 from heatbath.run import Run, write_atomically
 from heatbath.surprise import reading
 from heatbath.verify.verdict import STATUSES
@@ -25,7 +26,19 @@ def write_report(run: Run) -> dict[str, Path]:
     drawn = {name: Markup(svg) for name, svg in _figures(found).items()}  # our own drawing, not model output
     write_atomically(paths["html"], rendered("page.html", {**found, "figures": drawn}))
     write_atomically(paths["md"], _markdown(found))
-    keep = ("title", "verdict", "results", "surprise", "caveats", "command", "facts", "sft", "rl")
+    keep = (
+        "title",
+        "verdict",
+        "results",
+        "surprise",
+        "readiness",
+        "findings",
+        "unjudged",
+        "caveats",
+        "command",
+        "facts",
+    )
+    keep += ("sft", "rl")
     write_atomically(paths["json"], json.dumps({k: found[k] for k in keep}, indent=1, ensure_ascii=False) + "\n")
     return paths
 
@@ -61,6 +74,8 @@ def gather(run: Run) -> dict[str, Any]:
     recipe, results, surprise = run.recipe, run.read_json("results.json"), run.read_json("surprise.json")
     env = run.read_json("env.json")
     sft, rl = run.metrics("sft"), run.metrics("rl")
+    readiness, seen = _readiness(run), findings.Seen.of(run)
+    unjudged = findings.unjudged(seen)
     samples = {policy: run.samples(policy) for policy in run.policies}
     return {
         "title": _title(recipe),
@@ -75,6 +90,13 @@ def gather(run: Run) -> dict[str, Any]:
         "surprise_text": _surprise_text(surprise) if surprise else "",
         "kind_rows": tables.kind_rows(surprise) if surprise else [],
         "open_details": False,
+        "readiness": readiness,
+        "readiness_text": _readiness_text(readiness) if readiness else "",
+        "readiness_rows": tables.readiness_rows(readiness, readiness["happened"]) if readiness else [],
+        "findings": [asdict(found) for found in findings.find(seen)],
+        "unjudged": [asdict(found) for found in unjudged],
+        "no_findings": "None." if len(unjudged) < len(findings.LOOKS) else "None could be judged.",
+        "looked_for": bool(rl),
         "sft": sft,
         "rl": rl,
         "sft_caption": _sft_caption(sft) if sft else "",
@@ -171,12 +193,33 @@ def _sft_caption(rows: list[dict[str, Any]]) -> str:
 
 def _rl_caption(rows: list[dict[str, Any]]) -> str:
     informative = [r["informative_share"] for r in rows if "informative_share" in r]
-    dead = 1 - sum(informative) / len(informative)
-    seconds = sum(r["step_seconds"] for r in rows) / len(rows)
-    return (
-        f"{len(rows)} optimizer steps of {seconds:.1f} s. {dead:.0%} of the groups had no signal (all completions "
-        "graded alike). KL is the k3 estimate on the sampled completions, measured, not penalised."
+    seconds = [r["step_seconds"] for r in rows if "step_seconds" in r]
+    parts = [f"{len(seconds)} optimizer steps of {sum(seconds) / len(seconds):.1f} s." if seconds else ""]
+    if informative:
+        dead = 1 - sum(informative) / len(informative)
+        parts.append(f"{dead:.0%} of the groups had no signal (all completions graded alike).")
+    parts.append("KL is the k3 estimate on the sampled completions, measured, not penalised.")
+    return " ".join(p for p in parts if p)
+
+
+def _readiness(run: Run) -> dict[str, Any] | None:
+    """readiness.json, and under `happened` what became of its prediction."""
+    found: dict[str, Any] | None = run.read_json("readiness.json")
+    if found is None:
+        return None
+    from heatbath.stages.readiness import compare
+
+    return {**found, "happened": compare(run)}
+
+
+def _readiness_text(found: dict[str, Any]) -> str:
+    said = (
+        f"Before the first step {found['prompts']} of the {found['of_prompts']:,} prompts were answered "
+        f"{found['group_size']} times each, at T = {found['temperature']:g} and with at most "
+        f"{found['max_new_tokens']:,} tokens. A group is informative if it holds two different verdicts; the others "
+        "teach nothing."
     )
+    return " ".join([said, *(f"{note[0].upper()}{note[1:]}." for note in found["notes"])])
 
 
 def _examples(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -231,7 +274,7 @@ def _facts(run: Run, env: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("warm start", told))
     if recipe.rl:
         r = recipe.rl
-        told = f"{r.policy}, lr {r.lr:g}, {r.prompts} prompts × {r.group_size} completions, clip {r.clip:g}"
+        told = f"{r.policy.name}, lr {r.lr:g}, {r.prompts} prompts × {r.group_size} completions"
         facts.append(("RL", f"{told}, T = {r.temperature:g}"))
     times = [r["time"] for stage in ("sft", "rl") for r in run.metrics(stage)]
     if times:
@@ -249,6 +292,16 @@ def _markdown(found: dict[str, Any]) -> str:
         parts += ["## Verdicts", tables.markdown(found["verdict_rows"])]
     if found["surprise"]:
         parts += ["## Surprise", found["surprise_text"]]
+    if found["readiness"]:
+        warned = [f"**Warning:** {warning}." for warning in found["readiness"]["warnings"]]
+        parts += ["## Readiness", found["readiness_text"], *warned, tables.markdown(found["readiness_rows"])]
+    if found["looked_for"]:
+        listed = [
+            f"- **{f['name']}**: {f['says']}. {f['remedy'][0].upper()}{f['remedy'][1:]}." for f in found["findings"]
+        ]
+        listed = listed or [f"{found['no_findings']}\n"]
+        listed += [f"- not judged: {u['name']} ({u['why']})" for u in found["unjudged"]]
+        parts += ["## Findings", "\n".join(listed)]
     parts += ["## Read this with care", "\n".join(f"- {c}" for c in found["caveats"])]
     parts += ["## What was run", f"    {found['command']}", "\n".join(f"- {k}: {v}" for k, v in found["facts"])]
     return "\n\n".join(parts) + "\n"

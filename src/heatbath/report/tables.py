@@ -59,6 +59,24 @@ def markdown_results(results: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
+def readiness_rows(found: dict[str, Any], happened: dict[str, Any] | None) -> list[list[str]]:
+    """Header and one row per number measured before RL, with what happened (`readiness.compare`) where RL has run."""
+    G = found["group_size"]
+    rows = [
+        ["the start of RL", "mean [95 % interval]"],
+        *([f"pass@{k}", interval(estimate)] for k, estimate in found["pass"].items()),
+        ["informative groups, predicted", interval(found["informative_share"])],
+    ]
+    if happened:
+        told = {True: " as predicted", False: " not as predicted", None: ""}[happened["as_predicted"]]
+        later = f"{happened['mean']:.3f} in {happened['generations']:,} generations"
+        rows += [["… in the first generation", interval(happened["first"]) + told], ["… in the whole of RL", later]]
+    names = {"all_wrong_share": f"groups with all {G} wrong", "all_right_share": f"groups with all {G} right"}
+    names |= {"truncated_share": "cut completions", "eos_rate": "completions ended with EOS"}
+    rows += [[name, interval(found[key])] for key, name in names.items()]
+    return [*rows, ["entropy", f"{found['entropy']:.3f} nats per token"], ["tokens", f"{found['mean_tokens']:.1f}"]]
+
+
 def kind_rows(profile: dict[str, Any]) -> list[list[str]]:
     """Header and one row per kind of demonstration: how surprising the base finds it."""
     rows = [["kind", "rows", "tokens", "mean nats", "99 % below", "w < 0.5"]]

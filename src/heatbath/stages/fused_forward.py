@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 def add_objective_forward(model: PreTrainedModel) -> None:
     """Makes `model(input_ids, attention_mask, labels, objective=…, reference=…, columns=…)` return a dict with the
     summed loss, the number of supervised tokens, and the token sums of what is logged; and with `statistics=("logp",)`
-    in place of an objective a `TokenStats` of the supervised tokens. Call it after TRL has patched `forward`.
+    in place of an objective a dict of these statistics of the supervised tokens, of the logits over `temperature`. Call
+    it after TRL has patched `forward`.
 
     A column is [B, T], aligned with the labels. Raises RunError for heads that the engine does not cover.
     """
@@ -44,6 +45,7 @@ def add_objective_forward(model: PreTrainedModel) -> None:
         reference: Reference | None = None,
         columns: Mapping[str, Tensor] | None = None,
         statistics: tuple[str, ...] = (),
+        temperature: float = 1.0,
         **kwargs: Any,
     ) -> Any:
         if objective is None and not statistics:
@@ -64,7 +66,12 @@ def add_objective_forward(model: PreTrainedModel) -> None:
         hidden = at_supervised(self.base_model(*args, **kwargs, use_cache=False).last_hidden_state, labels)
         head = output_head(self)
         if objective is None:
-            return linear_stats(hidden, head, target[supervised], need=statistics, **options)
+            # c·tanh(s·z / c) / T is the same form with s / T and c / T
+            for name, default in (("scale", 1.0), ("softcap", None)):
+                if temperature != 1.0 and (value := options.get(name, default)) is not None:
+                    options[name] = value / temperature
+            found = linear_stats(hidden, head, target[supervised], need=statistics, **options)
+            return {name: getattr(found, name) for name in statistics}  # a dict, in which FSDP finds the tensors
         loss, tokens, sums = linear_loss_with_sums(objective, hidden, head, target[supervised], **options)
         return {"loss": loss, "tokens": tokens, "sums": sums}
 

@@ -26,8 +26,11 @@ LIBRARIES = int(0.5 * GIB)  # torch, transformers and TRL themselves
 ROUND = 4  # decimals of a GiB
 
 
-def estimate(recipe: Recipe, longest: int, longest_prompt: int) -> dict[str, dict[str, float]]:
-    """GiB per device, by stage and part. `longest` is the number of tokens of the longest demonstration."""
+def estimate(
+    recipe: Recipe, longest: int, longest_prompt: int, longest_preference: int = 0
+) -> dict[str, dict[str, float]]:
+    """GiB per device, by stage and part. `longest` is the number of tokens of the longest demonstration, and
+    `longest_preference` of the longest prompt with a completion that is preferred or not."""
     config = _config(recipe)
     shape = _shape(config)
     trained = _lora_parameters(recipe, config) if recipe.lora else shape["parameters"]
@@ -42,6 +45,9 @@ def estimate(recipe: Recipe, longest: int, longest_prompt: int) -> dict[str, dic
             stages["sft"]["head of the base"] = round(4 * shape["V"] * shape["d"] / GIB, ROUND)
         if hasattr(goal, "refresh"):
             stages["sft"]["old policy"] = round(4 * trained / GIB, ROUND)
+    if recipe.preference is not None:
+        tokens = 2 * min(recipe.preference.micro_batch, recipe.preference.batch) * longest_preference
+        stages["preference"] = _parts(shape, trained, tokens, short, frozen=not recipe.lora)
     if recipe.rl is not None:
         width = longest_prompt + recipe.rl.max_new_tokens
         tokens = recipe.rl.micro_batch * width

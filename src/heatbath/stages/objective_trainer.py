@@ -207,7 +207,7 @@ class OldPolicy:
         training = model.training
         with torch.no_grad(), self._in_place(trained):
             model.eval()
-            found = model(**inputs, statistics=("logp",)).logp
+            found = model(**inputs, statistics=("logp",))["logp"]
             model.train(training)
         out = torch.zeros(labels.shape, dtype=found.dtype, device=labels.device)
         out[:, 1:][labels[:, 1:] != IGNORE] = found

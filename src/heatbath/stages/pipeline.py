@@ -1,4 +1,4 @@
-"""All stages of a recipe in order: pretrain → sft → rl → eval → report; and what is checked before the first."""
+"""All stages of a recipe in order: pretrain → sft → preference or rl → eval → report; and what is checked before."""
 
 from __future__ import annotations
 
@@ -45,6 +45,10 @@ def run_stage(stage: str, run: Run, recipe: Recipe, progress: Progress) -> dict[
         from heatbath.stages.sft import run_sft
 
         return run_sft(run, recipe, progress)
+    if stage == "preference":
+        from heatbath.stages.preference import run_preference
+
+        return run_preference(run, recipe, progress)
     if stage == "rl":
         from heatbath.stages.rl import run_rl
 
@@ -78,6 +82,10 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
         goal = objective(recipe.sft.objective.name, **recipe.sft.objective.hyper)
         for split in ("demos", "validation"):
             require_columns(goal, checks.rendered(tokenizer, getattr(splits, split), recipe, split), split)
+    if "preference" in stages:
+        from heatbath.data import preferences
+
+        preferences.rendered(tokenizer, preferences.load(recipe, splits.test)[0], recipe)
     asked = [s for stage, s in (("rl", "prompts"), ("eval", "test")) if stage in stages]
     if asked:
         require_rewards(recipe)
@@ -94,17 +102,20 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
 
 def _check_settings(recipe: Recipe, stages: tuple[str, ...]) -> None:
     """Builds what the trainers will be built from, so that TRL and PEFT say now what they would refuse later."""
-    from heatbath.stages import memory, rl, sft
+    from heatbath.stages import memory, preference, rl, sft
 
     folder = Path("runs") / "unwritten"
     try:
         if "sft" in stages:
             sft.training_arguments(recipe, folder, validating=False)
+        if "preference" in stages:
+            preference.training_arguments(recipe, folder)
         if "rl" in stages:
             rl.training_arguments(recipe, folder)
     except (ValueError, TypeError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
-        raise RecipeError(f"TRL refuses the settings: {first}", "[sft.trainer], [rl.trainer]", "change them") from None
+        where = ", ".join(f"[{stage}.trainer]" for stage in ("sft", "preference", "rl") if stage in stages)
+        raise RecipeError(f"TRL refuses the settings: {first}", where, "change them") from None
     if recipe.lora is not None:
         memory.require_lora_targets(recipe)
 

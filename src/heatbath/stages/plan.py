@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from heatbath.data import checks, rendering
+from heatbath.data import checks, preferences, rendering
 from heatbath.data.rendering import Rendered
 from heatbath.data.rows import Splits
 from heatbath.errors import HeatbathError
@@ -38,19 +39,22 @@ def plan(recipe: Recipe, stages: tuple[str, ...], command: list[str]) -> dict[st
             **_tokens(demos, tokenizer.eos_token_id),
             "steps": sft.total_steps(recipe.sft, len(demos)),
         }
+    if "preference" in stages:
+        out["preference"] = _preference(recipe, splits, tokenizer)
     if "rl" in stages:
         out["rl"] = _rl(recipe, splits)
     if "rl" in stages or "eval" in stages:
         out["reward"] = _reward(recipe)
     if "eval" in stages:
-        policies = 1 + (recipe.sft is not None) + (recipe.rl is not None)
+        policies = 1 + sum(stage is not None for stage in (recipe.sft, recipe.preference, recipe.rl))
         out["eval"] = {
             "policies": policies,
             "problems": len(splits.test),
             "samples": policies * len(splits.test) * recipe.eval.samples,
         }
     prompts = [rendering.prompt_ids(tokenizer, rendering.messages(r, recipe.data.system)) for r in splits.prompts]
-    estimated = memory.estimate(recipe, longest, max(map(len, prompts), default=0))
+    longest_prompt, longest_preference = max(map(len, prompts), default=0), out.get("preference", {}).get("longest", 0)
+    estimated = memory.estimate(recipe, longest, longest_prompt, longest_preference)
     out["memory"] = {stage: parts for stage, parts in estimated.items() if stage in stages}
     out["command"] = shlex.join(["accelerate", "launch", *memory.launch_options(), "-m", "heatbath", *command])
     return out
@@ -90,11 +94,25 @@ def _reward(recipe: Recipe) -> str:
     return " + ".join(parts)
 
 
+def _preference(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    assert recipe.preference is not None
+    loaded, notes = preferences.load(recipe, splits.test)
+    rows = preferences.rendered(tokenizer, loaded, recipe)
+    return {
+        "method": recipe.preference.method,
+        "steps": sft.total_steps(recipe.preference, len(rows)),
+        "rows": len(rows),
+        "longest": max(row.longest for row in rows),
+        "truncated": sum(row.truncated for row in rows),
+        "notes": list(notes),
+    }
+
+
 def _rl(recipe: Recipe, splits: Splits) -> dict[str, Any]:
     assert recipe.rl is not None
     steps = rl.total_steps(recipe.rl, len(splits.prompts))
     return {
-        "policy": recipe.rl.policy,
+        "policy": recipe.rl.policy.model_dump(),
         "steps": steps,
         "completions": steps * recipe.rl.update_prompts * recipe.rl.group_size,
         "most_completion_tokens": recipe.rl.max_new_tokens,
@@ -119,11 +137,19 @@ def show(found: dict[str, Any]) -> str:
             f"          {s['truncated']:,} of {total:,} truncated ({s['truncated'] / total:.1%}), "
             f"{s['ends_with_eos']:,} end in a supervised EOS",
         ]
+    if "preference" in found:
+        p = found["preference"]
+        lines += [
+            f"preference {p['steps']:,} steps of {p['method']}; of {p['rows']:,} rows {p['truncated']:,} truncated, "
+            f"longest {p['longest']} tokens",
+            *(f"          {note}" for note in p["notes"]),
+        ]
     if "rl" in found:
         r = found["rl"]
+        hyper = ", ".join(f"{k} {v}" for k, v in r["policy"].items() if k != "name")
         lines.append(
-            f"rl        {r['steps']:,} steps of '{r['policy']}', {r['completions']:,} completions of at most "
-            f"{r['most_completion_tokens']:,} tokens"
+            f"rl        {r['steps']:,} steps of {r['policy']['name']}{f' ({hyper})' if hyper else ''}, "
+            f"{r['completions']:,} completions of at most {r['most_completion_tokens']:,} tokens"
         )
     if "rl" in found or "eval" in found:
         lines.append(f"reward    {found['reward']}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -122,10 +123,13 @@ def _checked(function: Callable[..., Any], path: str) -> Reward:
     def reward(completions: Sequence[Any], **columns: Any) -> list[float | None]:
         try:
             found = [None if value is None else float(value) for value in function(completions=completions, **columns)]
+            broken = next((i for i, value in enumerate(found) if value is not None and not math.isfinite(value)), None)
         except Exception as error:
             raise RunError(f"{path} raised {type(error).__name__}: {error}", "reward.weights", remedy) from error
         if len(found) != len(completions):
             raise RunError(f"{path} gave {len(found)} rewards for {len(completions)}", "reward.weights", remedy)
+        if broken is not None:
+            raise RunError(f"{path} gave {found[broken]} for completion {broken}", "reward.weights", remedy)
         return found
 
     return reward

@@ -24,7 +24,7 @@ from heatbath.progress import Progress
 from heatbath.recipe import SFT, Recipe
 from heatbath.reference import Reference
 from heatbath.run import Run
-from heatbath.sections import Pretrain
+from heatbath.sections import Preference, Pretrain
 from heatbath.stages.measuring import MeasuredBase, require_columns, settle
 from heatbath.stages.objective_trainer import ObjectiveTrainer
 from heatbath.stages.training import (
@@ -122,10 +122,10 @@ def training_arguments(recipe: Recipe, folder: Path, *, validating: bool) -> trl
     return trl.SFTConfig(**arguments)
 
 
-def total_steps(settings: SFT | Pretrain, rows: int) -> int:
+def total_steps(settings: SFT | Preference | Pretrain, rows: int) -> int:
     """Optimizer steps of the stage; the last one of an epoch may be smaller."""
     steps = math.ceil(math.ceil(rows / settings.batch) * settings.epochs)
-    most = settings.max_steps if isinstance(settings, SFT) else None
+    most = None if isinstance(settings, Pretrain) else settings.max_steps
     return min(steps, most) if most else steps
 
 

@@ -1,4 +1,4 @@
-"""`[sft.trainer]` and `[rl.trainer]`: any field of TRL's own configuration, checked against that class."""
+"""`[sft.trainer]`, `[preference.trainer]`, `[rl.trainer]`: any field of TRL's own configuration, checked against it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import fields
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from heatbath.sections import PREFERENCE_LOSSES
 
 # Fields that a key of the recipe sets already: two places for one setting would overwrite one of them.
 SAID_ELSEWHERE = {
@@ -37,6 +39,13 @@ ONLY = {
         "loss_type": "objective",
         "label_smoothing_factor": "objective",
     },
+    "preference": {
+        "max_length": "max_length",
+        "gradient_accumulation_steps": "batch and micro_batch",
+        "logging_steps": "log_every",
+        "loss_type": "loss",
+        "beta": "beta",
+    },
     "rl": {
         "gradient_accumulation_steps": "update_prompts, group_size and micro_batch",
         "num_generations": "group_size",
@@ -45,15 +54,15 @@ ONLY = {
         "max_completion_length": "max_new_tokens",
         "temperature": "temperature",
         "beta": "policy",
-        "epsilon": "clip",
-        "epsilon_high": "clip",
+        "epsilon": "policy",
+        "epsilon_high": "policy",
         "loss_type": "policy",
         "scale_rewards": "policy",
     },
 }
 ROWS = "heatbath renders the rows itself"
 EXACT = "a resumed run would not be the same run"
-EVALUATION = "heatbath decides when to validate"
+EVALUATION = "heatbath decides when to validate (rl.eval_every)"
 POLICY = "the policy decides the loss"
 # Fields that would be ignored, or break what heatbath promises, with the reason.
 REFUSED = {
@@ -79,8 +88,37 @@ REFUSED_IN_RL = {
     **dict.fromkeys(("delta", "importance_sampling_level", "top_entropy_quantile", "entropy_coef"), POLICY),
     **dict.fromkeys(("use_adaptive_entropy", "entropy_target", "off_policy_mask_threshold"), POLICY),
     **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), POLICY),
-    "use_vllm": "sampling with vLLM is not offered yet",
+    **dict.fromkeys(("multi_objective_aggregation", "use_bias_correction_kl"), POLICY),
+    **dict.fromkeys(("num_generations_eval", "per_device_eval_batch_size"), "rl.eval_prompts decides"),
 }
+REFUSED_IN_PREFERENCE = {
+    "disable_dropout": "dropout is off: policy and reference are compared",
+    "padding_free": "TRL does not offer it at present",
+    "loss_weights": "there is one loss",
+    "label_smoothing_factor": "there are no labels; the losses' own is label_smoothing",
+    **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), EXACT),
+}
+REFUSED_IN = {"preference": REFUSED_IN_PREFERENCE, "rl": REFUSED_IN_RL}
+# Fields of trl.DPOConfig that only some of its losses read, and those that UNA, whose loss is our own, does not.
+_DIFFERENCES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust")  # losses of the difference of two rewards
+_DPO = PREFERENCE_LOSSES["dpo"]
+READ_BY_LOSS = {
+    "label_smoothing": ("robust",),
+    "discopop_tau": (),
+    **dict.fromkeys(("f_divergence_type", "f_alpha_divergence_coef"), _DIFFERENCES),
+    **dict.fromkeys(("ld_alpha", "use_weighting", "router_aux_loss_coef"), _DPO),
+    **dict.fromkeys(("precompute_ref_log_probs", "precompute_ref_batch_size"), _DPO),
+}
+
+
+def check_read(method: str, loss: str, given: dict[str, Any]) -> None:
+    """Raises ValueError where a field of `[preference.trainer]` would be ignored by the loss, or the loss needs one."""
+    for name in given:
+        if name in READ_BY_LOSS and loss not in READ_BY_LOSS[name]:
+            readers = [reader for reader in READ_BY_LOSS[name] if reader != loss]
+            raise ValueError(f"{name} is not read by loss '{loss}' of {method}, only by {', '.join(readers) or 'none'}")
+    if loss == "robust" and not 0 < given.get("label_smoothing", 0) < 0.5:
+        raise ValueError("loss 'robust' needs trainer.label_smoothing, the share of flipped pairs, between 0 and 0.5")
 
 
 def check_fields(stage: str, given: dict[str, Any]) -> None:
@@ -88,7 +126,7 @@ def check_fields(stage: str, given: dict[str, Any]) -> None:
     types = _types(stage)
     problems = []
     said = SAID_ELSEWHERE | ONLY[stage]
-    refused = REFUSED | (REFUSED_IN_RL if stage == "rl" else {})
+    refused = REFUSED | REFUSED_IN.get(stage, {})
     for name, value in given.items():
         if name not in types:
             near = difflib.get_close_matches(name, types, n=1)
@@ -115,7 +153,7 @@ def _refusal(kind: Any, value: Any) -> str | None:
 
 
 def _class_name(stage: str) -> str:
-    return {"sft": "SFTConfig", "rl": "GRPOConfig"}[stage]
+    return {"sft": "SFTConfig", "preference": "DPOConfig", "rl": "GRPOConfig"}[stage]
 
 
 @functools.cache

@@ -36,6 +36,8 @@ from heatbath.run import Run
 from heatbath.sections import Lora, Optimizer
 
 CARRIED = "heatbath.pt"
+ADAPTER = "adapter"  # beside a merged checkpoint: what was merged, for a later stage to go on with
+LARGEST_GAP = 0.05  # nats, mean absolute difference between the sampler's and the trainer's log-probabilities
 IDLE_GENERATIONS = 3  # in a row without any signal, before it is said aloud
 LEAK = 1e-3  # relative difference of float32 hidden states, packed against alone; rounding stays below 1e-5
 
@@ -100,7 +102,8 @@ def _ends_epoch(args: TrainingArguments, rows: int, checkpoint: Path) -> bool:
 
 
 def save_policy(trainer: Trainer, folder: Path) -> None:
-    """A plain `from_pretrained` folder: weights (adapters merged), config, tokenizer, nothing pickled.
+    """A plain `from_pretrained` folder: weights (adapters merged, and kept in its folder `adapter`), config, tokenizer,
+    nothing pickled.
 
     Raises RunError instead of saving weights that the last step has made NaN or infinite.
     """
@@ -110,6 +113,7 @@ def save_policy(trainer: Trainer, folder: Path) -> None:
             f"the last step left NaN or infinite weights, first in {broken[0]}", "lr", "lower the learning rate"
         )
     if isinstance(trainer.model, peft.PeftModel):
+        trainer.model.save_pretrained(folder / ADAPTER, selected_adapters=["default"])
         trainer.model.merge_and_unload().save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
     else:
@@ -242,6 +246,7 @@ class _RunLog(TrainerCallback):
         self.run, self.stage, self.progress, self.show = run, stage, progress, show
         self.latest: dict[str, float] = {}
         self.uninformative = 0
+        self.told_gap = False
 
     def on_log(
         self,
@@ -256,6 +261,13 @@ class _RunLog(TrainerCallback):
         self.latest |= numbers
         shown = "  ".join(f"{key} {self.latest[key]:.4g}" for key in self.show if key in self.latest)
         self.progress.update(state.global_step, shown)
+        if numbers.get("sampler_gap", 0.0) > LARGEST_GAP and not self.told_gap:
+            self.told_gap = True
+            self.progress.say(
+                f"warning: the sampler's log-probabilities differ from the trainer's by {numbers['sampler_gap']:.3g} "
+                f"nats per token in the mean (above {LARGEST_GAP}); look at precision and chat template, and leave "
+                "vllm_importance_sampling_correction on"
+            )
         if "informative_share" in numbers:
             self.uninformative = 0 if numbers["informative_share"] else self.uninformative + 1
             if self.uninformative == IDLE_GENERATIONS:
