@@ -130,7 +130,7 @@ ATTACKS = {  # program, and how it may end
     "infinite generator": ("import itertools; list(itertools.count())", {"memory", "deadline", "exit"}),
     "10 GB of output": ("import os\n    for _ in range(10**4): os.write(1, b'x' * 10**6)", {"output"}),
     "10 GB of results": ("import os\n    for _ in range(10**4): os.write(3, b'x' * 10**6)", {"output"}),
-    "memory": ("[b'x' * 10**8 for _ in range(100)]", {"exit", "memory"}),
+    "memory": ("[b'x' * 10**8 for _ in range(100)]", {"exit", "memory", "deadline"}),
     "memory in many processes": (
         "import os, time\n    for _ in range(8):\n        if os.fork() == 0: x = b'x' * (3 * 10**8); time.sleep(99)"
         "\n    time.sleep(99)",
