@@ -78,6 +78,8 @@ def batch(seed: int = 0, guided: bool = False) -> Batch:
     logp = -2.5 * torch.rand(len(ROWS), WIDTH, generator=g, dtype=torch.float64) - 0.05
     old, ref, entropy = logp + noise(0.7), logp + noise(0.5), noise(1.0).abs()
     old[0] = logp[0]  # sampled by this very policy: a clip of 3e-4 does not bind
+    for i, t in ((4, 1), (6, 3), (10, 2)):
+        old[i, t] = logp[i, t] - 2  # beyond a cap of 5
     mask, expert = torch.zeros(2, len(ROWS), WIDTH, dtype=torch.float64)
     for i, (_, _, own, demonstrated) in enumerate(ROWS):
         mask[i, : own + demonstrated] = 1

@@ -164,3 +164,34 @@ def gradient(loss: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
 
 def prompt_of(trainer: trl.GRPOTrainer, row: int) -> list[int]:
     return rendering.prompt_ids(trainer.processing_class, trainer.train_dataset[row]["prompt"])
+
+
+def two_steps(folder: Path, name: str, micro: int, accumulation: int) -> dict[str, torch.Tensor]:
+    """The weights after two SGD steps, each on 3 groups of 4 given completions, over however many processes there are
+    (with two of them the middle group is torn)."""
+    generator = torch.Generator().manual_seed(9)
+    given = [
+        [
+            torch.randint(4, 60, (int(n),), generator=generator).tolist()
+            for n in torch.randint(1, LONGEST, (3 * G,), generator=generator)
+        ]
+        for _ in range(2)
+    ]
+    trainer = make(
+        folder,
+        policy(name, **HYPER.get(name, {})),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=accumulation,
+        optim="sgd",
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+    )
+
+    def sampled(prompt_ids: list, *_):
+        first = trainer.accelerator.process_index * len(prompt_ids)
+        return given[trainer.state.global_step][first : first + len(prompt_ids)], None
+
+    trainer._generate_single_turn = sampled
+    trainer.train()
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}

@@ -5,13 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import trl
-
-from heatbath.errors import RunError
-from heatbath.ideas.policy import POLICIES, policy
-from heatbath.ideas.surrogates import ESTIMATORS
-from heatbath.stages.policy_trainer import PolicyTrainer
-from heatbath.stages.relift import ReliftTrainer
-from stages.policy_trainers import (
+from policy_trainers import (
     HYPER,
     LONGEST,
     PROMPTS,
@@ -26,6 +20,12 @@ from stages.policy_trainers import (
     texts,
     truth,
 )
+
+from heatbath.errors import RunError
+from heatbath.ideas.policy import POLICIES, policy
+from heatbath.ideas.surrogates import ESTIMATORS
+from heatbath.stages.policy_trainer import PolicyTrainer
+from heatbath.stages.relift import ReliftTrainer
 
 
 def same(found: torch.Tensor, expected: torch.Tensor, limit: float = 2e-6) -> None:

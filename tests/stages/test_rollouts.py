@@ -8,13 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-from heatbath.data.rendering import IGNORE
-from heatbath.errors import RunError
-from heatbath.ideas.policy import policy
-from heatbath.stages import rollouts
-from heatbath.stages.relift import ReliftTrainer
-from stages.policy_trainers import (
+from policy_trainers import (
     HYPER,
     LONGEST,
     PROMPTS,
@@ -26,6 +20,12 @@ from stages.policy_trainers import (
     recorded_window,
     rows_of,
 )
+
+from heatbath.data.rendering import IGNORE
+from heatbath.errors import RunError
+from heatbath.ideas.policy import policy
+from heatbath.stages import rollouts
+from heatbath.stages.relift import ReliftTrainer
 
 DOUBLE = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "steps_per_generation": 4}
 

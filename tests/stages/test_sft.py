@@ -308,6 +308,7 @@ def test_models_that_take_no_token_count_are_normalised_all_the_same(tmp_path: P
 
 
 MODES = ("token_mean", "sequence_sum", "hidden_cache", "fsdp2", "fsdp2_head")
+RL = ("rl_implicit", "rl_grpo")
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +318,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = Path(__file__).with_name("two_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
     done = subprocess.run(
-        [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(folder), *MODES, "una"],
+        [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(folder), *MODES, "una", *RL],
         capture_output=True,
         text=True,
         timeout=200,
@@ -336,6 +337,19 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path, two_processes: Path,
     whole, _ = one_step(tmp_path / mode, micro=8, accumulation=1, reduction=reduction, policy=policy)
     found = torch.load(two_processes / f"{mode}.pt")
     assert distance(found, whole) < (1e-6 if mode == "hidden_cache" else 1e-10)
+
+
+@pytest.mark.parametrize("mode", RL)
+def test_two_processes_take_the_steps_of_one_in_rl(tmp_path: Path, two_processes: Path, mode: str) -> None:
+    """Three groups of four completions, the middle one torn between the ranks: 2 × 3 × 2 against 1 × 4 × 3."""
+    from policy_trainers import two_steps
+
+    found = torch.load(two_processes / f"{mode}.pt")
+    whole = two_steps(tmp_path, mode.removeprefix("rl_"), micro=4, accumulation=3)
+    start = dict(small_model().named_parameters())
+    for name, p in whole.items():
+        moved = (p - start[name]).norm()
+        assert moved > 1e-4 and (found[name] - p).norm() < 1e-5 * moved
 
 
 def test_two_processes_take_the_steps_of_one_in_preference(tmp_path: Path, two_processes: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import policy_trainers  # noqa: E402
 from test_preference import two_steps  # noqa: E402
 from test_sft import BETA, demonstrations, one_step  # noqa: E402
 
@@ -66,6 +67,9 @@ if __name__ == "__main__":
         out = folder / f"{mode}.pt"
         if mode == "una":
             gradient = preferred(out)
+        elif mode.startswith("rl_"):
+            found = policy_trainers.two_steps(out.with_suffix(""), mode.removeprefix("rl_"), micro=3, accumulation=2)
+            gradient = {name.removeprefix("module."): p for name, p in found.items()}
         else:
             gradient = fully_sharded(mode) if mode.startswith("fsdp2") else data_parallel(out, mode)
         if int(torch.distributed.get_rank()) == 0:
