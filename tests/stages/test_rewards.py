@@ -104,7 +104,7 @@ def test_a_reward_model_is_the_whole_reward_unless_weights_say_otherwise() -> No
         ),
         (
             "def f(completions, **_): return [1.0, float('nan')] * (len(completions) // 2)",
-            "f gave nan for completion 1",
+            "gave nan for completion 1",
         ),
         ("def f(completions): return [1.0] * len(completions)", "mine.py:f raised TypeError"),
         ("def f(completions, **_): return [1.0]", "mine.py:f gave 1 rewards for 8"),

@@ -108,7 +108,7 @@ class Implicit(Policy):
         floor = torch.full_like(scores, self.std_floor)
         if self.score == "kl_mean":
             floor = floor / (g.sum(lengths.to(scores.dtype)) / g.count.clamp(min=1).to(scores.dtype)).clamp(min=1)
-        return floor.detach()
+        return floor
 
     def _mean(self, values: Tensor, counted: Tensor, g: Groups) -> Tensor:
         """Mean over the groups that count of the mean over their completions."""
