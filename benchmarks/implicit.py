@@ -30,10 +30,10 @@ from heatbath.data.rendering import prompt_ids
 from heatbath.run import Run
 
 LR = {"implicit": 3e-4, "grpo": 3e-4, "dpo": 3e-5, "una": 3e-5}  # chosen with --tune, on seed 100
-STEPS = 20
+STEPS = 24
 GROUPS = (2, 4, 8, 16, 32)
-DATA = {"source": "arithmetic", "demos": 0, "validation": 0, "prompts": 640, "test": 200}
-RL = {"prompts": 64, "update_prompts": 64, "group_size": 8, "micro_batch": 128, "max_new_tokens": 40, "epochs": 10}
+DATA = {"source": "arithmetic", "demos": 0, "validation": 0, "prompts": 768, "test": 200}
+RL = {"prompts": 32, "update_prompts": 32, "group_size": 8, "micro_batch": 128, "max_new_tokens": 40, "epochs": 10}
 RL |= {"max_steps": STEPS, "eval_every": 4, "eval_prompts": 200, "readiness": 0, "save_every": 0}
 EVAL = {"samples": 4, "k": [1, 4], "temperature": 1.0, "max_new_tokens": 40, "batch": 400}
 # Starts whose completions differ little, and much, in length within a group.
@@ -52,7 +52,7 @@ def cells() -> dict[str, dict[str, Any]]:
         "reward_model": {"rl": {"policy": "implicit"}, "reward": {"model": "reward-model"}},
     }
     for n in GROUPS:
-        half = {"group_size": n, "prompts": 32, "update_prompts": 32, "micro_batch": 64}
+        half = {"group_size": n, "prompts": 24, "update_prompts": 24, "micro_batch": 48, "max_steps": 16}
         made[f"n{n}"] = {"rl": {"policy": "implicit", **half}}
     for name, forms in LENGTHS.items():
         for score in ("kl_sum", "kl_mean"):
@@ -239,7 +239,7 @@ def main() -> None:
                 tables = cells()[name]
                 if "preference" in tables or "reward" in tables:
                     prepare(options.model, seed, beside)
-                for factor in (1 / 3, 1, 3) if options.tune else (1,):
+                for factor in (0.5, 1, 2) if options.tune else (1,):
                     lr = {key: value * factor for key, value in LR.items()}
                     suffix = f"-x{factor:.2g}" if options.tune else ""
                     folder = options.out / f"{name}-{seed}{suffix}"

@@ -83,7 +83,7 @@ def test_the_page_in_a_browser(report: Path, needs) -> None:
             page.on("request", lambda r, requests=requests: requests.append(r.url))
             page.goto(report.as_uri())
             assert requests == [report.as_uri()] and noise == []
-            assert page.title() == "GIFT (β = 7.5) warm start, then RL"  # and no script of a completion ran
+            assert page.title() == "GIFT (β = 7.5) warm start, then RL (paper)"  # and no script of a completion ran
             assert page.locator("figure svg").count() == 4
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             ink, paper = (page.evaluate(f"getComputedStyle(document.body).{k}") for k in ("color", "backgroundColor"))
@@ -197,3 +197,18 @@ def test_no_finding_is_said_plainly_and_so_is_what_could_not_be_judged(trained: 
     assert "<h2>Findings</h2>\n<p>None.</p>" in write_report(trained)["html"].read_text()
     trained.forget("rl")
     assert "Findings" not in write_report(trained)["html"].read_text()
+
+
+def test_a_preference_stage_has_its_curves(tmp_path: Path) -> None:
+    recipe = recipes.parse(
+        {"model": "m", "data": {"source": "arithmetic"}, "preference": {"method": "una", "data": "sums-labelled"}}
+    )
+    run = Run.create(tmp_path / "run", recipe)
+    for step in (1, 2, 3):
+        run.log("preference", step, {"objective": 0.3 - 0.01 * step, "score_error": 0.5, "grad_norm": 1.0})
+    page = write_report(run)["html"].read_text()
+    assert "no warm start, then UNA" in page and ">distance to the score<" in page and "3 optimizer steps." in page
+    assert ">pairs in the right order<" not in page  # rows of one completion have no order
+    run.log("preference", 4, {"objective": 0.2, "accuracy": 0.75})
+    page = write_report(run)["html"].read_text()
+    assert ">pairs in the right order<" in page and "75% were in the right order" in page

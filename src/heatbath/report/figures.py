@@ -122,6 +122,29 @@ def sft_curves(rows: list[dict[str, Any]]) -> str:
     return _svg(figure, "training curves of the warm start")
 
 
+PREFERENCE = (
+    ("objective", "objective"),
+    ("accuracy", "pairs in the right order"),
+    ("reward_margin", "margin of the implicit rewards (nats)"),
+    ("score_error", "distance to the score"),
+    ("grad_norm", "gradient norm"),
+)
+
+
+@matplotlib.rc_context(STYLE)
+def preference_curves(rows: list[dict[str, Any]]) -> str:
+    """Whatever of a preference stage was measured, over optimizer steps."""
+    panels = [(key, title) for key, title in PREFERENCE if any(key in row for row in rows)]
+    figure, axes = _figure(len(panels), width=6.4, height=1.6 * -(-len(panels) // 2), columns=2)
+    for panel, (key, title) in zip(axes, panels, strict=False):
+        steps, values = zip(*[(row["step"], row[key]) for row in rows if key in row], strict=True)
+        panel.plot(steps, values, "o-" if len(steps) < 12 else "-", markersize=3, color=COLOURS["final"])
+        panel.set_title(title)
+    for panel in axes[len(panels) :]:
+        panel.set_axis_off()
+    return _svg(figure, "training curves of the preference stage")
+
+
 @matplotlib.rc_context(STYLE)
 def rl_curves(rows: list[dict[str, Any]]) -> str:
     """What matters in RL, over optimizer steps: never a bare loss."""

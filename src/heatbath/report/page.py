@@ -17,6 +17,7 @@ from heatbath.surprise import reading
 from heatbath.verify.verdict import STATUSES
 
 EXAMPLES = 6
+TRAINED = ("sft", "preference", "rl")
 
 
 def write_report(run: Run) -> dict[str, Path]:
@@ -38,7 +39,7 @@ def write_report(run: Run) -> dict[str, Path]:
         "command",
         "facts",
     )
-    keep += ("sft", "rl")
+    keep += ("sft", "preference", "rl")
     write_atomically(paths["json"], json.dumps({k: found[k] for k in keep}, indent=1, ensure_ascii=False) + "\n")
     return paths
 
@@ -73,7 +74,7 @@ def gather(run: Run) -> dict[str, Any]:
     """Everything the page says, before it is drawn."""
     recipe, results, surprise = run.recipe, run.read_json("results.json"), run.read_json("surprise.json")
     env = run.read_json("env.json")
-    sft, rl = run.metrics("sft"), run.metrics("rl")
+    sft, preference, rl = (run.metrics(stage) for stage in TRAINED)
     readiness, seen = _readiness(run), findings.Seen.of(run)
     unjudged = findings.unjudged(seen)
     samples = {policy: run.samples(policy) for policy in run.policies}
@@ -98,8 +99,10 @@ def gather(run: Run) -> dict[str, Any]:
         "no_findings": "None." if len(unjudged) < len(findings.LOOKS) else "None could be judged.",
         "looked_for": bool(rl),
         "sft": sft,
+        "preference": preference,
         "rl": rl,
         "sft_caption": _sft_caption(sft) if sft else "",
+        "preference_caption": _preference_caption(preference) if preference else "",
         "rl_caption": _rl_caption(rl) if rl else "",
         "examples": _examples(samples),
         "caveats": _caveats(run, results, surprise),
@@ -114,13 +117,16 @@ def _figures(found: dict[str, Any]) -> dict[str, str]:
         "pass_at_k": figures.pass_at_k(found["results"]) if found["results"] else "",
         "surprise": figures.surprise(found["surprise"]) if found["surprise"] else "",
         "sft": figures.sft_curves(found["sft"]) if found["sft"] else "",
+        "preference": figures.preference_curves(found["preference"]) if found["preference"] else "",
         "rl": figures.rl_curves(found["rl"]) if found["rl"] else "",
     }
 
 
 def _title(recipe: recipes.Recipe) -> str:
     start = f"{_objective(recipe)} warm start" if recipe.sft else "no warm start"
-    return f"{start}, then RL" if recipe.rl else start
+    if recipe.preference:
+        return f"{start}, then {recipe.preference.method.upper()}"
+    return f"{start}, then RL ({recipe.rl.policy.name})" if recipe.rl else start
 
 
 def _objective(recipe: recipes.Recipe) -> str:
@@ -191,6 +197,12 @@ def _sft_caption(rows: list[dict[str, Any]]) -> str:
     return " ".join(p for p in parts if p)
 
 
+def _preference_caption(rows: list[dict[str, Any]]) -> str:
+    ordered = [row["accuracy"] for row in rows if "accuracy" in row]
+    said = f"{rows[-1]['step']} optimizer steps."
+    return f"{said} Of the last step's pairs {ordered[-1]:.0%} were in the right order." if ordered else said
+
+
 def _rl_caption(rows: list[dict[str, Any]]) -> str:
     informative = [r["informative_share"] for r in rows if "informative_share" in r]
     seconds = [r["step_seconds"] for r in rows if "step_seconds" in r]
@@ -198,7 +210,8 @@ def _rl_caption(rows: list[dict[str, Any]]) -> str:
     if informative:
         dead = 1 - sum(informative) / len(informative)
         parts.append(f"{dead:.0%} of the groups had no signal (all completions graded alike).")
-    parts.append("KL is the k3 estimate on the sampled completions, measured, not penalised.")
+    penalised = any("kl_reference" in row for row in rows)
+    parts.append(f"KL is the k3 estimate on the sampled completions{'' if penalised else ', measured, not penalised'}.")
     return " ".join(p for p in parts if p)
 
 
@@ -238,7 +251,7 @@ def _examples(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def _caveats(run: Run, results: dict[str, Any] | None, surprise: dict[str, Any] | None) -> list[str]:
     recipe = run.recipe
-    late = [stage for stage in ("sft", "rl") if getattr(recipe, stage) is not None and not run.metrics(stage)]
+    late = [stage for stage in TRAINED if getattr(recipe, stage) is not None and not run.metrics(stage)]
     late += [] if results else ["eval"]
     said = [f"Unfinished: {', '.join(late)} did not run yet."] if late else []
     said += ["One training seed. Seeds can differ by more than methods do; compare several before believing a ranking."]
@@ -276,7 +289,12 @@ def _facts(run: Run, env: dict[str, Any]) -> list[tuple[str, str]]:
         r = recipe.rl
         told = f"{r.policy.name}, lr {r.lr:g}, {r.prompts} prompts × {r.group_size} completions"
         facts.append(("RL", f"{told}, T = {r.temperature:g}"))
-    times = [r["time"] for stage in ("sft", "rl") for r in run.metrics(stage)]
+    if recipe.preference:
+        p = recipe.preference
+        facts.append(
+            ("preferences", f"{p.method} on {Path(p.data).name}, lr {p.lr:g}, {p.epochs:g} epochs, batch {p.batch}")
+        )
+    times = [r["time"] for stage in TRAINED for r in run.metrics(stage)]
     if times:
         facts.append(("training time", f"{(max(times) - min(times)) / 60:.1f} minutes from first to last logged step"))
     facts.append(("precision", env["precision"]))
