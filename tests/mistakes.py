@@ -95,6 +95,22 @@ def files(rows: str, *, data: str = "", sft: str = "", **more: str) -> dict[str,
     }
 
 
+GUIDED = """\
+model = "./base"
+
+[data]
+source = "files"
+prompts_from = "prompts.jsonl"
+test_from = "test.jsonl"
+
+[rl]
+policy = "luffy"
+prompts = 2
+update_prompts = 2
+group_size = 2
+micro_batch = 4
+max_new_tokens = 16
+"""
 ROW = {"question": "What is 1 + 1?", "solution": "1 + 1 = 2", "answer": "2"}
 
 
@@ -196,6 +212,19 @@ SECTIONS: dict[str, list[Mistake]] = {
             "A batch that its parts do not divide", "sft.batch=6", "batch (6) must be a multiple of micro_batch (4)"
         ),
         recipe("Prompts that the updates do not divide", "rl.prompts=6", "must be a multiple of update_prompts"),
+        recipe("A misspelt policy", "rl.policy=daop", "unknown policy 'daop', did you mean 'dapo'?"),
+        recipe(
+            "A hyper-parameter that the policy does not read",
+            "rl.policy.name=cispo rl.policy.clip_low=0.1",
+            "policy 'cispo' does not read 'clip_low'",
+        ),
+        recipe("A reference without a KL to it", "rl.policy.name=grpo rl.policy.reference=base", "does not read 'reference'"),
+        recipe(
+            "A policy whose rounds are not the group",
+            "rl.policy=trapo",
+            "rounds [4, 2, 1, 1] add up to 8, the group has 2",
+        ),
+        recipe("No rollout beside the demonstration", "rl.policy.name=luffy rl.policy.traces=2", "leave no rollout"),
         recipe("pass@k from too few samples", "eval.k=[1,4]", "pass@4 needs at least 4 samples, not 2"),
         recipe("More solutions than forms", "data.paths=5", "need as many forms, not 4"),
         recipe(
@@ -328,6 +357,21 @@ SECTIONS: dict[str, list[Mistake]] = {
             "sft r.toml",
             ("no '####' with an answer after it in '2'",),
             files(demos(ROW), data='fields = { answer_after = "####" }'),
+        ),
+        Mistake(
+            "Prompts without the solution that the policy learns from",
+            "run r.toml --dry-run",
+            ("1 of 2 prompts have no solution, which the policy 'luffy' learns from", "prompts.jsonl, row 2"),
+            {
+                "r.toml": GUIDED,
+                "test.jsonl": demos({"question": "3 + 3?", "answer": "6"}),
+                "prompts.jsonl": demos(ROW, {"question": "2 + 2?", "answer": "4"}),
+            },
+        ),
+        recipe(
+            "Demonstrations longer than a completion may be",
+            "rl.policy=luffy rl.max_new_tokens=8",
+            "solutions are longer than rl.max_new_tokens = 8",
         ),
         recipe("Fewer prompts than one generation takes", "data.prompts=3", "3 prompts, but one generation takes"),
         recipe("More problems than there are", "data.demos=5000", "but only 3,054 exist with 2 digits"),

@@ -263,7 +263,7 @@ def kl(logp: Tensor, ref: Tensor, o: dict[str, Any]) -> Tensor:
 
 def regression(name: str, b: Batch, rewards: list[float], o: dict[str, Any]) -> Tensor:
     """Group-relative Implicit Fine-Tuning (gift.md 2.2) with a floor under the deviation, and GVPO."""
-    ddof, scale, floor = o.get("ddof", 1), o.get("scale", 1.0), o.get("std_floor", 1.0)
+    ddof, scale, floor = o.get("ddof", 1), o.get("scale", 1.0), o.get("std_floor", 0.1)
     per_group = []
     for group in sorted(set(b.groups.tolist())):
         rows = [i for i in range(len(ROWS)) if b.groups[i] == group and not math.isnan(rewards[i])]

@@ -37,7 +37,7 @@ class Implicit(Policy):
     score: Literal["kl_sum", "kl_mean"] = "kl_sum"
     std: Literal["attached", "detached"] = "attached"
     scale: float = 1.0
-    std_floor: float = 1.0
+    std_floor: float = 0.1
 
     couples_groups: ClassVar[bool] = True
 

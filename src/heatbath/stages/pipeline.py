@@ -86,6 +86,11 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
         from heatbath.data import preferences
 
         preferences.rendered(tokenizer, preferences.load(recipe, splits.test)[0], recipe)
+    if "rl" in stages and recipe.rl is not None:
+        from heatbath.stages.rl import policy_of
+
+        if policy_of(recipe.rl).needs_demonstrations:
+            checks.demonstrations(tokenizer, splits.prompts, recipe)
     asked = [s for stage, s in (("rl", "prompts"), ("eval", "test")) if stage in stages]
     if asked:
         require_rewards(recipe)

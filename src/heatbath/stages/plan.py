@@ -111,10 +111,16 @@ def _preference(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBa
 def _rl(recipe: Recipe, splits: Splits) -> dict[str, Any]:
     assert recipe.rl is not None
     steps = rl.total_steps(recipe.rl, len(splits.prompts))
+    before = min(recipe.rl.readiness, len(splits.prompts)) * recipe.rl.group_size
+    held_out = min(recipe.rl.eval_prompts, len(splits.test)) * (
+        1 + steps // recipe.rl.eval_every if recipe.rl.eval_every else 0
+    )
     return {
         "policy": recipe.rl.policy.model_dump(),
         "steps": steps,
         "completions": steps * recipe.rl.update_prompts * recipe.rl.group_size,
+        "readiness_completions": before,
+        "held_out_completions": held_out,
         "most_completion_tokens": recipe.rl.max_new_tokens,
     }
 
@@ -149,7 +155,8 @@ def show(found: dict[str, Any]) -> str:
         hyper = ", ".join(f"{k} {v}" for k, v in r["policy"].items() if k != "name")
         lines.append(
             f"rl        {r['steps']:,} steps of {r['policy']['name']}{f' ({hyper})' if hyper else ''}, "
-            f"{r['completions']:,} completions of at most {r['most_completion_tokens']:,} tokens"
+            f"{r['completions']:,} completions of at most {r['most_completion_tokens']:,} tokens "
+            f"(+ {r['readiness_completions']:,} for readiness, {r['held_out_completions']:,} held out)"
         )
     if "rl" in found or "eval" in found:
         lines.append(f"reward    {found['reward']}")
