@@ -29,7 +29,7 @@ CELLS = {
     "luffy": ["rl.policy.name=luffy"],
     "relift": ["rl.policy.name=relift", "rl.policy.sft_batch=16", "rl.policy.sft_lr=3e-4"],
     "trapo": ["rl.policy.name=trapo"],
-    "uft": ["rl.policy.name=uft", "rl.policy.hint_steps=24"],
+    "uft": ["rl.policy.name=uft", "rl.policy.hint_steps=18"],
 }
 LOGGED = (
     "reward",

@@ -29,7 +29,7 @@ from heatbath.data.preferences import pairs_from_samples
 from heatbath.data.rendering import prompt_ids
 from heatbath.run import Run
 
-LR = {"implicit": 3e-4, "grpo": 3e-4, "dpo": 3e-5, "una": 3e-5}  # chosen with --tune, on seed 100
+LR = {"implicit": 1.5e-4, "grpo": 3e-4, "dpo": 3e-5, "una": 3e-5}  # chosen with --tune, on seed 100
 STEPS = 24
 GROUPS = (2, 4, 8, 16, 32)
 DATA = {"source": "arithmetic", "demos": 0, "validation": 0, "prompts": 768, "test": 200}
