@@ -5,7 +5,8 @@
     python benchmarks/implicit.py --out runs/implicit --figures docs/results    # figures and table of what is there
 
 A cell is a run folder of its own (RL or preference learning, then 4 answers to each of 200 held-out sums at T = 1). A
-seed changes prompts, starts and draws alike; the held-out sums are always the same.
+seed changes prompts, starts and draws alike; the held-out sums are always the same, also where rates were chosen
+(--tune). `seconds` is the sum of the steps' own time, held-out answers left out.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def cells() -> dict[str, dict[str, Any]]:
     """Name → tables of its recipe beside the common ones."""
     made: dict[str, dict[str, Any]] = {
         "grpo": {"rl": {"policy": "grpo"}},
-        "implicit": {"rl": {"policy": "implicit"}},
+        "implicit": {"rl": {"policy": {"name": "implicit"}}},
         "kl_mean": {"rl": {"policy": {"name": "implicit", "score": "kl_mean"}}},
         "dpo": {"preference": {"method": "dpo", "data": "pairs"}},
         "una": {"preference": {"method": "una", "data": "labels", "loss": "bce", "beta": 0.1}},
@@ -205,7 +206,7 @@ def measured(folder: Path) -> dict[str, Any]:
         "truncated": final["truncated_share"],
     }
     if steps:
-        out["seconds"] = max(r["time"] for r in rl) - min(r["time"] for r in rl)
+        out["seconds"] = sum(r["step_seconds"] for r in rl if "step_seconds" in r)
         for key in (
             "reward",
             "verdict/right",

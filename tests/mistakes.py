@@ -218,7 +218,11 @@ SECTIONS: dict[str, list[Mistake]] = {
             "rl.policy.name=cispo rl.policy.clip_low=0.1",
             "policy 'cispo' does not read 'clip_low'",
         ),
-        recipe("A reference without a KL to it", "rl.policy.name=grpo rl.policy.reference=base", "does not read 'reference'"),
+        recipe(
+            "A reference without a KL to it",
+            "rl.policy.name=grpo rl.policy.reference=base",
+            "does not read 'reference'",
+        ),
         recipe(
             "A policy whose rounds are not the group",
             "rl.policy=trapo",

@@ -60,7 +60,7 @@ def shown() -> str:
     common = ", ".join(f"{key} = {_written(plain[key])}" for key in shared)
     return (
         "\n".join(lines)
-        + f"Where not said otherwise policies take {common}.\n"
+        + f"Where not said otherwise, policies that have them take {common}.\n"
         + ('Use: [rl] policy = "grpo", or policy = { name = "grpo", kl = 0.01 } (docs/rl.md).')
     )
 

@@ -84,6 +84,7 @@ def texts(trainer, output) -> list[str]:
 
 def test_advantages_are_centred_in_the_group_and_not_scaled(tmp_path: Path) -> None:
     trainer = make(tmp_path)
+    trainer.model.train()
     output = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(2) for _ in range(G)])
     r = torch.tensor(even_letters([[{"content": t}] for t in texts(trainer, output)]), dtype=torch.float64)
     r = r.view(2, G)

@@ -19,6 +19,7 @@ from policy_trainers import (
     prompt_of,
     recorded_window,
     rows_of,
+    steps,
 )
 
 from heatbath.data.rendering import IGNORE
@@ -323,3 +324,87 @@ def test_labels_cover_the_completion_and_nothing_else(tmp_path: Path) -> None:
     for i in range(len(labels)):
         scored = labels[i][labels[i] != IGNORE].tolist()
         assert scored == batch["completion_ids"][i][batch["completion_mask"][i].bool()].tolist()
+
+
+def test_spare_prompts_come_in_another_order_than_training_takes_them(tmp_path: Path) -> None:
+    """In the same order a dead group would give way to one of the same prompt."""
+    trainer = make(tmp_path, policy("dapo"))
+    taken = [i for k, i in enumerate(trainer._get_train_sampler()) if k % G == 0][:PROMPTS]
+    assert taken != rollouts.Spare(2 * PROMPTS, trainer.args.seed).take(PROMPTS)
+
+
+def test_a_ratio_beyond_all_bounds_leaves_the_gradient_finite(tmp_path: Path) -> None:
+    trainer = make(tmp_path, policy("rloo"))
+    window = steps(trainer, recorded_window(trainer))[1]
+    for batch in window:
+        batch["old_per_token_logps"] = batch["old_per_token_logps"] - 200.0
+        trainer._compute_loss(trainer.model, batch).backward()
+    assert all(torch.isfinite(p.grad).all() for p in trainer.model.parameters())
+
+
+def test_a_broken_gradient_is_named_before_it_reaches_the_weights(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    weight = next(trainer.model.parameters())
+    weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(RunError, match="a gradient at step 1"):
+        trainer.train()
+    assert torch.isfinite(weight).all()
+
+
+def test_a_rank_without_rows_takes_part_in_relifts_step(tmp_path: Path) -> None:
+    """Rows that fill up a pass hold no label: they change neither loss nor gradient."""
+    trainer = relift(tmp_path, by_prompt({}), sft_batch=3)
+    twin = relift(tmp_path / "twin", by_prompt({}), sft_batch=3)
+    rows = [(prompt_of(trainer, i), demo(trainer, i)) for i in range(3)]
+    for one, micro in ((trainer, 2), (twin, 3)):  # 2 + 1 and one that fills up, against 3
+        one._train_batch_size, one.buffer = micro, list(rows)
+        one.fine_tune()
+    assert trainer._metrics["train"]["sft_nll"] == pytest.approx(twin._metrics["train"]["sft_nll"], rel=1e-6)
+    for p, q in zip(trainer.model.parameters(), twin.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_truncated_completions_have_their_own_length(tmp_path: Path) -> None:
+    """Masked completions lose their tokens in the loss, not in the length by which a reward is divided."""
+    goal = policy("paper", sqrt_length=True)
+    reward = {"reward": lambda completions, **_: [1.0] * len(completions), "mask_truncated_completions": True}
+    trainer = make(tmp_path, goal, **reward)
+    batches = recorded_window(trainer)
+    masked = rows_of(batches, "completion_mask").sum(1) == 0
+    assert masked.any()
+    torch.testing.assert_close(
+        rows_of(batches, "rewards")[masked], torch.full((int(masked.sum()),), LONGEST**-0.5, dtype=torch.float64)
+    )
+    coupled = make(tmp_path / "b", policy("implicit"), mask_truncated_completions=True)
+    batches = recorded_window(coupled)
+    masked = rows_of(batches, "completion_mask").sum(1) == 0
+    assert rows_of(batches, "rewards")[masked].isnan().all() and not rows_of(batches, "rewards")[~masked].isnan().any()
+
+
+def test_dropout_is_off(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    for module in trainer.model.modules():
+        if hasattr(module, "attention_dropout"):
+            assert module.attention_dropout == 0.0
+    batch = recorded_window(trainer)[0]
+    assert torch.equal(trainer.logps(batch), trainer.logps(batch))
+
+
+def test_a_function_of_ones_own_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def broken(rewards, groups):\n    return [1.0]\n\n\ndef raising(ratio, a, logp):\n    raise KeyError('x')\n"
+    )
+    with pytest.raises(RunError, match=r"broken returned list, not a tensor\n.*rl.policy.advantage"):
+        recorded_window(make(tmp_path / "a", policy("grpo", advantage=f"{tmp_path}/mine.py:broken")))
+    trainer = make(tmp_path / "b", policy("grpo", surrogate=f"{tmp_path}/mine.py:raising"))
+    with pytest.raises(RunError, match=r"raising raised KeyError"):
+        trainer._compute_loss(trainer.model, recorded_window(trainer)[0])
+
+
+def test_a_hint_that_is_the_whole_solution_goes_through_a_sampler_with_log_probabilities(tmp_path: Path) -> None:
+    trainer = make(tmp_path, policy("uft", high=1.0, low=1.0))
+    trainer.use_vllm, trainer.model.training = True, True
+    trainer._asked = [trainer.train_dataset[i // G] for i in range(PROMPTS * G)]
+    prompts = [prompt_of(trainer, i // G) for i in range(PROMPTS * G)]
+    ids, logps, copied = rollouts.guided(trainer, trainer.policy, prompts, trainer._asked, None)
+    assert [len(x) for x in ids] == copied and logps == [[None] * n for n in copied]

@@ -268,6 +268,7 @@ class _LinearStats(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, given: Inputs, names: tuple[str, ...], topk: int
     ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)  # a statistic that the loss does not read costs nothing in backward
         run = Pass(given, RowWork(frozenset(names), topk=topk, softcap=given.softcap))
         out = {name: hidden.new_zeros(len(given.labels), dtype=run.accumulate) for name in names}
         for chunk in run.chunks():

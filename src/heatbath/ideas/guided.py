@@ -27,6 +27,8 @@ class Guided(Policy):
     needs_demonstrations: ClassVar[bool] = True
     entropy_everywhere: ClassVar[bool] = True
 
+    reads_rewards: ClassVar[bool] = False  # of the earlier rounds, which are then graded in between
+
     def rounds_of(self, group_size: int) -> tuple[int, ...]:
         """Completions of a group sampled in each round; they add up to the group. Raises ValueError."""
         raise NotImplementedError
@@ -100,6 +102,8 @@ class Trapo(Guided):
     demonstration, whose tokens have the TrSFT loss −π/max(sg π, `alpha`), advantage 1 (arXiv 2512.17636, the paper's
     form). Of the authors' code left out: the search for a paragraph break, and that in the second round only one of
     two completions is taught its prefix."""
+
+    reads_rewards: ClassVar[bool] = True
 
     alpha: float = 0.1
     rounds: tuple[int, ...] = (4, 2, 1, 1)

@@ -48,8 +48,12 @@ class Implicit(Policy):
 
     @property
     def takes(self) -> frozenset[str]:
-        parts = {*PARTS, "clip_low", "clip_high", "dual_clip"}
+        parts = {*PARTS, "clip_low", "clip_high", "dual_clip"} - ({"reduction", "length"} if self.kl else set())
         return super().takes - parts | {"score", "std", "scale", "std_floor", "ddof", "reference"}
+
+    @property
+    def reads_old(self) -> bool:
+        return self.reference == "old"
 
     @property
     def needs_reference(self) -> bool:

@@ -20,6 +20,7 @@ from heatbath.ideas.importing import module_of
 
 Reference = Literal["init", "base", "old"]
 Estimator = Literal["k1", "k2", "k3"]
+LARGEST_LOG_RATIO = 20.0
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,11 @@ class Policy:
         return self.kl > 0
 
     @property
+    def reads_old(self) -> bool:
+        """Whether the loss reads ℓ of the policy that sampled."""
+        return self.ratio != "none" and self.surrogate != "score"
+
+    @property
     def needs_entropy(self) -> bool:
         return self.entropy > 0
 
@@ -244,7 +250,17 @@ def component(part: str, name: str, table: dict[str, tuple[Any, tuple[str, ...]]
         own = " or a function of your own, 'file.py:function'" if part in OWN else ""
         raise ValueError(f"{part} must be one of {', '.join(table)}{own}, not '{name}'")
     function, passed = _imported(name), OWN[part]
-    return lambda *given: function(*given[:passed])
+
+    def own_function(*given: Any) -> Tensor:
+        try:
+            made = function(*given[:passed])
+        except Exception as error:
+            raise ValueError(f"{name} raised {type(error).__name__}: {error}") from error
+        if not isinstance(made, Tensor):
+            raise ValueError(f"{name} returned {type(made).__name__}, not a tensor")
+        return made
+
+    return own_function
 
 
 @functools.cache
@@ -316,11 +332,16 @@ def _leave_one_out(rewards: Tensor, groups: Tensor, policy: Policy) -> Tensor:
 
 def _sequence(logp: Tensor, old: Tensor, mask: Tensor) -> Tensor:
     log_ratio = torch.where(mask.bool(), logp - old, 0.0).sum(1, keepdim=True)
-    return (log_ratio / mask.sum(1, keepdim=True).clamp(min=1)).exp()
+    return _exp(log_ratio / mask.sum(1, keepdim=True).clamp(min=1))
 
 
 def _product(logp: Tensor, old: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask.bool(), logp - old, 0.0).sum(1, keepdim=True).exp()
+    return _exp(torch.where(mask.bool(), logp - old, 0.0).sum(1, keepdim=True))
+
+
+def _exp(log_ratio: Tensor) -> Tensor:
+    """A ratio, its logarithm held in ±20 as verl does: an infinite one may be clipped away, its gradient is NaN."""
+    return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
 
 
 def _clip(ratio: Tensor, a: Tensor, logp: Tensor, policy: Policy) -> Tensor:
@@ -376,7 +397,7 @@ ADVANTAGES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "reward": (lambda rewards, groups, policy: rewards, ()),  # r
 }
 RATIOS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "token": (lambda logp, old, mask: (logp - old).exp(), ()),  # π/π_old of each token, [B, T]
+    "token": (lambda logp, old, mask: _exp(logp - old), ()),  # π/π_old of each token, [B, T]
     "sequence": (_sequence, ()),  # its geometric mean over the completion, [B, 1]
     "product": (_product, ()),  # its product over the completion, [B, 1]
     "none": (lambda logp, old, mask: torch.ones_like(logp), ()),  # 1: the policy that sampled is taken for this one

@@ -18,19 +18,25 @@ class FixedPolicies:
     """Without PEFT a frozen model each. With it no copy is needed: "init" is the frozen adapter of that name, or where
     there is none the model with its adapters off; "base" is the model with its adapters off."""
 
-    def __init__(self, model: Any, initial: PreTrainedModel | None, base: PreTrainedModel | None):
+    def __init__(self, model: Any, initial: PreTrainedModel | None, base: PreTrainedModel | None, device: Any = "cpu"):
         self.trained = model
         self.adapters = isinstance(model, peft.PeftModel)
         self.models: dict[str, PreTrainedModel] = {}
         if not self.adapters:
             for name, given in (("init", initial), ("base", base)):
                 if given is not None:
-                    self.models[name] = given.eval().requires_grad_(False)
+                    self.models[name] = given.eval().requires_grad_(False).to(device)
             for one in {id(m): m for m in self.models.values()}.values():
                 add_objective_forward(one)
 
     def has(self, name: str) -> bool:
         return name == "old" or self.adapters or name in self.models
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two names are one policy."""
+        if self.adapters:
+            return one == other or INIT not in self.trained.peft_config
+        return one == other or self.models.get(one) is self.models.get(other)
 
     @contextmanager
     def model_of(self, name: str | None) -> Iterator[Any]:

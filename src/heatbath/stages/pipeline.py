@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,9 @@ def _check_settings(recipe: Recipe, stages: tuple[str, ...]) -> None:
         first = str(error).strip().splitlines()[0]
         where = ", ".join(f"[{stage}.trainer]" for stage in ("sft", "preference", "rl") if stage in stages)
         raise RecipeError(f"TRL refuses the settings: {first}", where, "change them") from None
+    with_vllm = "rl" in stages and recipe.rl is not None and recipe.rl.trainer.get("use_vllm")
+    if with_vllm and importlib.util.find_spec("vllm") is None:
+        raise RecipeError("vLLM is not installed", "rl.trainer.use_vllm", "install heatbath[vllm], or leave it out")
     if recipe.lora is not None:
         memory.require_lora_targets(recipe)
 

@@ -25,13 +25,14 @@ from heatbath.ideas.surrogates import ESTIMATORS, Counts, Policy, Rows, informat
 from heatbath.stages import rollouts
 from heatbath.stages.fixed_policies import FixedPolicies
 from heatbath.stages.fused_forward import add_objective_forward
-from heatbath.stages.training import require_finite
+from heatbath.stages.training import require_finite, without_dropout
 from heatbath.verify.verdict import STATUSES
 
 # What TRL measures, under the name it has here; everything else TRL logs is dropped, above all its "loss", which is
 # zero in expectation on-policy and tells nothing.
 NAMES = {
     "own_reward": "reward",
+    "hinted_reward": "hinted_reward",
     "expert_reward": "expert_reward",
     "expert_share": "expert_share",
     "informative_share": "informative_share",
@@ -73,9 +74,12 @@ class PolicyTrainer(trl.GRPOTrainer):
         **kwargs: Any,
     ):
         require_only_what_the_policy_does(kwargs.get("args") or (args[2] if len(args) > 2 else trl.GRPOConfig()))
+        if kwargs.get("tools"):
+            raise RunError("heatbath renders no tools into prompts", "tools", "use TRL's own trainer for them")
         super().__init__(*args, **kwargs)
         self.policy, self.kl_every = policy.at_length(self.max_completion_length), kl_every
-        self.fixed = FixedPolicies(self.model, initial, base)
+        without_dropout(self.model)
+        self.fixed = FixedPolicies(self.model, initial, base, self.accelerator.device)
         if policy.needs_reference and not self.fixed.has(policy.reference):
             raise RunError(
                 f"the policy's reference '{policy.reference}' is not there",
@@ -86,15 +90,18 @@ class PolicyTrainer(trl.GRPOTrainer):
         add_objective_forward(self.model.get_base_model() if self.fixed.adapters else self.model)
         self._token_sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         self._generations = self._epochs_done = 0
-        self._spare = rollouts.Spare(len(self.train_dataset), self.args.seed)
+        self._spare = rollouts.Spare(len(self.train_dataset) if policy.dynamic_sampling else 0, self.args.seed)
         self._asked: list[dict[str, Any]] = []
         self._copied: list[int] = []
-        self._rewards = torch.zeros(0)
+        self._rewards = self._lengths = torch.zeros(0)
+        self.add_callback(_FiniteGradients(self))
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return [rendering.prompt_ids(self.processing_class, p) for p in prompts], None, {}
+        tokenizer = self.processing_class
+        ids = [tokenizer(p)["input_ids"] if isinstance(p, str) else rendering.prompt_ids(tokenizer, p) for p in prompts]
+        return ids, None, {}
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         # One outer autocast context keeps the 16-bit copies of the weights for the whole generation; without it they
@@ -123,33 +130,51 @@ class PolicyTrainer(trl.GRPOTrainer):
         copied = torch.tensor(self._copied, device=output["completion_ids"].device)
         mask = _scored(output)
         everyone = self.accelerator.gather(torch.stack([mask.sum(1), copied], 1))
-        lengths, everyone_copied = everyone[:, 0], everyone[:, 1]
+        scored, everyone_copied = everyone[:, 0], everyone[:, 1]
         size = self.num_generations if mode == "train" else self.num_generations_eval
         groups = torch.arange(len(self._rewards), device=mask.device) // size
-        rewards = self.policy.shaped(self._rewards, lengths)
+        rewards = self.policy.shaped(self._rewards, self._lengths)
+        if self.policy.couples_groups:  # a completion of which nothing is scored has no implicit reward to compare with
+            rewards = rewards.masked_fill(scored == 0, torch.nan)
         mine = slice(len(inputs) * (i := self.accelerator.process_index), len(inputs) * (i + 1))
         output |= {
-            "advantages": self.policy.advantages(rewards, groups)[mine],
+            "advantages": self._advantages(rewards, groups)[mine] if mode == "train" else rewards[mine] * 0.0,
             "rewards": rewards[mine],
             "groups": groups[mine],
             "informative": informative(self._rewards, groups)[mine],
         }
         measured = self._metrics[mode]
-        traces = (everyone_copied > 0) & (everyone_copied >= lengths)
-        measured["own_reward"].append(self._rewards[~traces].nanmean().item())
         measured["rows"].append(len(inputs))
+        traces = (everyone_copied > 0) & (everyone_copied >= self._lengths)
+        kinds = {
+            "own_reward": everyone_copied == 0,
+            "hinted_reward": (everyone_copied > 0) & ~traces,
+            "expert_reward": traces,
+        }
+        for name, rows in kinds.items():
+            if bool(rows.any()):
+                measured[name].append(self._rewards[rows].nanmean().item())
         if isinstance(self.policy, Guided) and mode == "train":
             output["expert"] = mask * (torch.arange(mask.shape[1], device=mask.device) < copied[:, None])
-            measured["expert_share"].append((everyone_copied.sum() / lengths.sum().clamp(min=1)).item())
-            if bool(traces.any()):
-                measured["expert_reward"].append(self._rewards[traces].nanmean().item())
+            measured["expert_share"].append((everyone_copied.sum() / scored.sum().clamp(min=1)).item())
         return output
 
-    def _calculate_rewards(self, *args: Any) -> Tensor:
-        """TRL's rewards of all ranks; their weighted sum is kept, [B] (NaN: no reward function gave one)."""
-        rewards: Tensor = super()._calculate_rewards(*args)
+    def _advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        try:
+            return self.policy.advantages(rewards, groups)
+        except ValueError as error:  # a function of the user's own
+            raise RunError(
+                str(error), "rl.policy.advantage", "f(rewards [B], groups [B]) -> [B], docs/rl.md"
+            ) from error
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        """TRL's rewards of all ranks; kept are their weighted sum, [B] (NaN: no reward function gave one), and the
+        tokens of the completions, [B], truncated ones included."""
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         mode = "train" if self.model.training else "eval"
-        if rewards.isnan().all():
+        lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
+        self._lengths = self.accelerator.gather(lengths)
+        if rewards.isnan().all() and mode == "train" and len(inputs) == len(self._asked):
             raise RunError(
                 "no completion of this step got a reward: every one was missing or not a number",
                 f"step {self.state.global_step + 1}, {', '.join(self.reward_func_names)}",
@@ -199,12 +224,13 @@ class PolicyTrainer(trl.GRPOTrainer):
             for batch in batches:
                 batch["counts"] = counts
                 # The first step of a generation trains the very policy that sampled it.
-                if (step or self.num_iterations > 1) and "old_per_token_logps" not in batch:
+                again = self.policy.reads_old and (step > 0 or self.num_iterations > 1)
+                if again and "old_per_token_logps" not in batch:
                     batch["old_per_token_logps"] = self.logps(batch)
                 if self.policy.needs_reference:
                     batch["ref_logps"] = self.logps(batch, self.policy.reference)
                 if measure:
-                    same = self.policy.needs_reference and self.policy.reference == "init"
+                    same = self.policy.needs_reference and self.fixed.same(self.policy.reference, "init")
                     batch["initial_logps"] = batch["ref_logps"] if same else self.logps(batch, "init")
             out += batches
         return out
@@ -303,16 +329,23 @@ class PolicyTrainer(trl.GRPOTrainer):
         return {name: v.new_zeros(scored.shape).masked_scatter(scored, v) for name, v in found.items()}
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if not self.model.training:
+            for rows in torch.arange(len(inputs["completion_ids"])).split(self.args.per_device_train_batch_size):
+                part = rollouts.trimmed(inputs, rows.to(inputs["completion_ids"].device))
+                found = self._statistics(model, part, ("logp", "entropy"))
+                self._measure("eval", part, found["logp"], {"entropy": found["entropy"]})
+            return torch.zeros((), device=self.accelerator.device)
         found = self._statistics(model, inputs, ("logp", "entropy"))
         logp, entropy = found["logp"], found["entropy"]
-        if not self.model.training:
-            self._measure("eval", inputs, logp, {"entropy": entropy.detach()})
-            return logp.new_zeros(())
         if self.policy.couples_groups and "coefficient" not in inputs:
             assert isinstance(self.policy, Implicit)
             scores = self.policy.scores(logp, _rows(inputs, None))
             inputs = inputs | {"coefficient": self._coefficients([inputs], scores)}
-        loss, measured = self.policy.loss(logp, _rows(inputs, entropy), inputs["counts"])
+        try:
+            loss, measured = self.policy.loss(logp, _rows(inputs, entropy), inputs["counts"])
+        except ValueError as error:  # a function of the user's own
+            remedy = "f(ratio [B, T], advantage [B, 1], logp [B, T]) -> [B, T], docs/rl.md"
+            raise RunError(str(error), "rl.policy.surrogate", remedy) from error
         require_finite(loss, f"step {self.state.global_step + 1}", "lower rl.lr")
         self._measure("train", inputs, logp, {"entropy": entropy.detach(), **measured})
         return loss * self.accelerator.num_processes  # DDP averages gradients; the counts already span all ranks
@@ -323,7 +356,8 @@ class PolicyTrainer(trl.GRPOTrainer):
         if "initial_logps" in batch:
             values["kl_init"] = ESTIMATORS["k3"](logp.detach(), batch["initial_logps"])
         for name, value in values.items():
-            self._token_sums[mode][name] += torch.stack([(value * own).sum(), own.sum()]).double()
+            kept = torch.where(own.bool(), value, 0.0)  # 0·inf is NaN
+            self._token_sums[mode][name] += torch.stack([kept.sum(), own.sum()]).double()
 
     # --- evaluation, resuming, the log -------------------------------------------------------------------------------
 
@@ -340,7 +374,7 @@ class PolicyTrainer(trl.GRPOTrainer):
 
     def carry_on(self, state: dict[str, Any]) -> None:
         self._generations, self._epochs_done = state["generations"], state["epochs"]
-        self._spare.drawn = state["spare"]
+        self._spare.drawn = state.get("spare", 0)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
         """TRL's sampler shuffles with one generator that goes on from epoch to epoch: a resumed one is moved up."""
@@ -375,6 +409,19 @@ class PolicyTrainer(trl.GRPOTrainer):
             values = {f"held_out/{name}": value for name, value in values.items()}
         values |= {k: logs[k] for k in ("grad_norm", "learning_rate") if k in logs}
         transformers.Trainer.log(self, values, start_time)
+
+
+class _FiniteGradients(transformers.TrainerCallback):
+    """Raises RunError before a NaN or infinite gradient reaches the weights: a finite loss may have one."""
+
+    def __init__(self, trainer: PolicyTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: transformers.TrainerState, control: Any, **_: Any) -> None:
+        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+        if gradients:
+            largest = torch.stack([g.abs().max() for g in gradients if g.numel()]).max()
+            require_finite(largest, f"a gradient at step {state.global_step + 1}", "lower rl.lr")
 
 
 def _mean(values: list[float], weights: list[float] | None) -> float:
@@ -416,6 +463,7 @@ LEFT_TO_THE_POLICY: dict[str, tuple[Any, ...]] = {
     "top_entropy_quantile": (1.0,),
     "entropy_coef": (0.0,),
     "use_adaptive_entropy": (False,),
+    "chat_template_kwargs": (None, {}),
     "off_policy_mask_threshold": (None,),
 }
 

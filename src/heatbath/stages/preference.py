@@ -37,6 +37,7 @@ from heatbath.stages.training import (
     require_finite,
     save_policy,
     train,
+    without_dropout,
 )
 
 PAIR = -1.0  # in place of a target, in rows that have a second completion instead
@@ -287,11 +288,3 @@ def training_arguments(recipe: Recipe, folder: Path) -> trl.DPOConfig:
     if settings.method == "dpo":
         arguments["loss_type"] = [settings.loss or PREFERENCE_LOSSES["dpo"][0]]
     return trl.DPOConfig(**arguments)
-
-
-def without_dropout(model: PreTrainedModel) -> None:
-    """Switches off the dropout that an attention function is called with; TRL finds only the modules of that name."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)

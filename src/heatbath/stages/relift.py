@@ -60,7 +60,9 @@ class ReliftTrainer(PolicyTrainer):
             for prompt, demo in taken
         ]
         rows.sort(key=lambda row: row.pop("length"))
-        mine = rows[rank::world]
+        passes = -(-len(rows) // (world * micro))  # every rank makes as many, or DDP would wait for ever
+        ignored = {"input_ids": rows[0]["input_ids"], "labels": [IGNORE] * len(rows[0]["labels"])}
+        mine = (rows + [ignored] * (passes * world * micro - len(rows)))[rank::world]
         tokens = sum(len(demo) for _, demo in taken)
         collate, goal = (
             RowCollator(self.processing_class.pad_token_id),
@@ -74,8 +76,9 @@ class ReliftTrainer(PolicyTrainer):
             loss = out["loss"] / tokens * world  # DDP averages gradients
             require_finite(loss, f"SFT after step {self.state.global_step}", "lower the policy's sft_lr")
             self.accelerator.backward(loss)
-            nll += float(out["sums"]["nll"])
+            nll += float(out["sums"].get("nll", 0.0))
         norm = torch.nn.utils.clip_grad_norm_(self._trained(), policy.sft_max_grad_norm)
+        require_finite(norm, f"the gradient of SFT after step {self.state.global_step}", "lower the policy's sft_lr")
         optimizer.step()
         optimizer.zero_grad()
         total = self.accelerator.reduce(torch.tensor(nll, device=self.accelerator.device), "sum")

@@ -32,7 +32,10 @@ class Spare:
         for i in range(self.drawn, self.drawn + count):
             epoch, place = divmod(i, self.rows)
             if place == 0 or not out:
-                order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed + 7919 * epoch))
+                # not `seed` itself, which is TRL's order: a group would give way to one of the same prompts
+                order = torch.randperm(
+                    self.rows, generator=torch.Generator().manual_seed(self.seed + 7919 * (epoch + 1))
+                )
             out.append(int(order[place]))
         self.drawn += count
         return out
@@ -132,7 +135,7 @@ def guided(
     logps: list[list[float | None]] = [[] for _ in prompts]
     copied = [0] * len(prompts)
     rewards: list[list[float]] = [[] for _ in draws]
-    first, given = 0, False
+    first = 0
     for number, count in enumerate(rounds := policy.rounds_of(G)):
         rows = [g * G + i for g in range(len(draws)) for i in range(first, first + count)]
         first += count
@@ -141,18 +144,19 @@ def guided(
             ids[i] = demos[i][: round(share * len(demos[i]))][:longest]
             copied[i] = len(ids[i])
             logps[i] = [None] * copied[i]
-        open_ = [i for i in rows if copied[i] < min(len(demos[i]), longest)]
-        if open_:
-            found, theirs = sample([prompts[i] + ids[i] for i in open_], None, {}, 1)
-            for k, i in enumerate(open_):
-                ids[i] = (ids[i] + list(found[k]))[:longest]
-                if theirs is not None:
-                    given = True
-                    logps[i] = (logps[i] + list(theirs[k]))[:longest]
-        if number + 1 < len(rounds):
+        # Several ranks must ask alike: what is complete already is sampled with the others there, and dropped.
+        together = trainer.accelerator.num_processes > 1
+        asked_now = [i for i in rows if together or copied[i] < min(len(demos[i]), longest)]
+        if asked_now:
+            found, theirs = sample([prompts[i] + ids[i] for i in asked_now], None, {}, 1)
+            for k, i in enumerate(asked_now):
+                if copied[i] < min(len(demos[i]), longest):
+                    ids[i] = (ids[i] + list(found[k]))[:longest]
+                    logps[i] = (logps[i] + list(theirs[k]))[:longest] if theirs is not None else []
+        if policy.reads_rewards and number + 1 < len(rounds):
             for i, reward in zip(rows, _graded(trainer, asked, ids, rows), strict=True):
                 rewards[i // G].append(reward)
-    return ids, logps if given else None, copied
+    return ids, logps if trainer.use_vllm else None, copied
 
 
 def demonstration(row: dict[str, Any]) -> list[int]:

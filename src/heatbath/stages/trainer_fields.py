@@ -64,6 +64,7 @@ ROWS = "heatbath renders the rows itself"
 EXACT = "a resumed run would not be the same run"
 EVALUATION = "heatbath decides when to validate (rl.eval_every)"
 POLICY = "the policy decides the loss"
+LOGGED = "heatbath writes its own log"
 # Fields that would be ignored, or break what heatbath promises, with the reason.
 REFUSED = {
     "output_dir": "the run's folder holds everything",
@@ -89,6 +90,12 @@ REFUSED_IN_RL = {
     **dict.fromkeys(("use_adaptive_entropy", "entropy_target", "off_policy_mask_threshold"), POLICY),
     **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), POLICY),
     **dict.fromkeys(("multi_objective_aggregation", "use_bias_correction_kl"), POLICY),
+    **dict.fromkeys(("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "router_aux_loss_coef"), POLICY),
+    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos", "label_smoothing_factor"), POLICY),
+    **dict.fromkeys(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), POLICY),
+    **dict.fromkeys(("log_completions", "log_unique_prompts", "num_completions_to_print", "log_multimodal"), LOGGED),
+    "reward_weights": "reward.weights decides",
+    "disable_dropout": "dropout is off: ratios compare log-probabilities of two passes",
     **dict.fromkeys(("num_generations_eval", "per_device_eval_batch_size"), "rl.eval_prompts decides"),
 }
 REFUSED_IN_PREFERENCE = {

@@ -68,10 +68,21 @@ def optimizer_arguments(settings: Optimizer, recipe: Recipe, window: int = 1) ->
     }
 
 
+def without_dropout(model: torch.nn.Module) -> None:
+    """Switches dropout off: modules of that name, and the number that an attention function is called with."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def require_finite(loss: torch.Tensor, where: str, remedy: str) -> None:
-    """Raises RunError on a NaN or infinite loss, before it reaches the weights."""
+    """Raises RunError on a NaN or infinite loss (or largest gradient), before it reaches the weights."""
     if not bool(torch.isfinite(loss)):
-        raise RunError(f"the loss is {float(loss.detach())}", where, remedy)
+        what = "the largest entry" if "gradient" in where else "the loss"
+        raise RunError(f"{what} is {float(loss.detach())}", where, remedy)
 
 
 def log_to_run(trainer: Trainer, run: Run, stage: str, progress: Progress, show: tuple[str, ...]) -> None:
