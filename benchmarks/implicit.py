@@ -2,7 +2,7 @@
 
     python benchmarks/implicit.py --out runs/implicit                    # everything, three seeds; resumes
     python benchmarks/implicit.py --out runs/implicit --only grpo --only implicit --seeds 1
-    python benchmarks/implicit.py --out runs/implicit --figures docs/results    # figures and table of what is there
+    python benchmarks/implicit.py --out runs/implicit --show > found.json  # what is there; implicit_figures.py draws it
 
 A cell is a run folder of its own (RL or preference learning, then 4 answers to each of 200 held-out sums at T = 1). A
 seed changes prompts, starts and draws alike; the held-out sums are always the same, also where rates were chosen
@@ -30,7 +30,7 @@ from heatbath.data.preferences import pairs_from_samples
 from heatbath.data.rendering import prompt_ids
 from heatbath.run import Run
 
-LR = {"implicit": 1.5e-4, "grpo": 3e-4, "dpo": 3e-5, "una": 3e-5}  # chosen with --tune, on seed 100
+LR = {"implicit": 1.5e-4, "grpo": 3e-4, "dpo": 6e-5, "una": 2e-6}  # chosen with --tune, on seed 100
 STEPS = 24
 GROUPS = (2, 4, 8, 16, 32)
 DATA = {"source": "arithmetic", "demos": 0, "validation": 0, "prompts": 768, "test": 200}
@@ -49,18 +49,25 @@ def cells() -> dict[str, dict[str, Any]]:
         "implicit": {"rl": {"policy": {"name": "implicit"}}},
         "kl_mean": {"rl": {"policy": {"name": "implicit", "score": "kl_mean"}}},
         "dpo": {"preference": {"method": "dpo", "data": "pairs"}},
-        "una": {"preference": {"method": "una", "data": "labels", "loss": "bce", "beta": 0.1}},
+        "una": {"preference": {"method": "una", "data": "labels"}},
         "reward_model": {"rl": {"policy": "implicit"}, "reward": {"model": "reward-model"}},
     }
     for n in GROUPS:
-        half = {"group_size": n, "prompts": 24, "update_prompts": 24, "micro_batch": 48, "max_steps": 16}
+        half = {
+            "group_size": n,
+            "prompts": 24,
+            "update_prompts": 24,
+            "micro_batch": 48,
+            "max_steps": 16,
+            "eval_every": 0,
+        }
         made[f"n{n}"] = {"rl": {"policy": "implicit", **half}}
     for name, forms in LENGTHS.items():
         for score in ("kl_sum", "kl_mean"):
             made[f"{name}-{score}"] = {
                 "data": {"forms": forms, "demos": 192, "validation": 32},
                 "sft": SFT,
-                "rl": {"policy": {"name": "implicit", "score": score}},
+                "rl": {"policy": {"name": "implicit", "score": score}, "max_steps": 16, "eval_every": 0},
             }
     return made
 
@@ -229,11 +236,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--tune", action="store_true", help="learning rates on seed 100 instead")
-    parser.add_argument("--figures", type=Path, help="draw what is there into this folder; nothing is run")
+    parser.add_argument("--show", action="store_true", help="print what is there; nothing is run")
     parser.add_argument("--commit", default="", help="written into the result")
     options = parser.parse_args()
     names = options.only or list(cells())
-    if options.figures is None:
+    if not options.show:
         for seed in [100] if options.tune else range(options.first_seed, options.first_seed + options.seeds):
             beside = options.out / f"samples-{seed}"
             for name in names:
