@@ -1,6 +1,7 @@
 """RL with demonstrations on the tiny base, from recipes/guided.toml: what docs/results/guided.md quotes.
 
     python benchmarks/guided.py --out runs/guided            # luffy, relift, trapo, uft and RL without demonstrations
+    python benchmarks/guided.py --out runs/guided --show     # what is there
 
 8 answers to each of 200 held-out sums at T = 1, before and after; differences are paired over problems.
 """
@@ -82,11 +83,14 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--only", action="append", choices=list(CELLS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--show", action="store_true", help="print what is there; nothing is run")
     parser.add_argument("--commit", default="", help="written into the result")
     options = parser.parse_args()
     found = {}
     for seed in range(options.seeds):
         for name in options.only or CELLS:
+            if options.show and not (options.out / f"{name}-{seed}" / "results.json").exists():
+                continue
             found[f"{name}-{seed}"] = made = run(name, seed, options)
             one = {policy: round(passed["1"]["mean"], 3) for policy, passed in made["pass"].items()}
             print(f"{name}-{seed} {one} {made['seconds']:.0f} s", file=sys.stderr, flush=True)

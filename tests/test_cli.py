@@ -89,3 +89,22 @@ def test_recipes_and_doctor(monkeypatch, capsys) -> None:
 
 def test_the_allocator_setting_is_accepted_where_it_applies() -> None:
     assert keep_freed_memory() == (sys.platform == "linux")
+
+
+def test_one_command_lists_every_policy_and_preference_method(monkeypatch, capsys) -> None:
+    """Generated from the tables: names, sources, needs, and defaults that build the policy again."""
+    from heatbath.ideas.policy import POLICIES, policy
+
+    assert call(monkeypatch, "recipes", "--policies", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == [*POLICIES, "dpo", "una"]
+    for row in rows:
+        assert row["source"] and row["says"] and row["defaults"]
+        if row["table"] == "rl":
+            assert policy(row["name"], **row["defaults"]) == policy(row["name"])
+    needing = {row["name"] for row in rows if "solution" in row["needs"]}
+    assert needing == {name for name in POLICIES if policy(name).needs_demonstrations}
+    assert call(monkeypatch, "recipes", "--policies") == 0
+    text = capsys.readouterr().out
+    assert all(f"\n{row['name']} " in f"\n{text}" and row["source"] in text for row in rows)
+    assert "std_floor = 0.1" in text and "clip_high = 0.28" in text

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from conftest import small_model
 from heatbath import recipe as recipes
 from heatbath.data import sources
 from heatbath.errors import DataError, RecipeError
@@ -157,3 +158,16 @@ def test_the_estimate_counts_weights_gradients_and_moments(small_base: Path, lor
         linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
         trained = sum(4 * 4 * (m.in_features + m.out_features) for m in linear) / 2**30
     assert parts["gradients"] == pytest.approx(trained) and parts["optimizer"] == pytest.approx(2 * trained)
+
+
+def test_the_estimate_counts_the_base_where_the_reference_is_another_model(small_base: Path) -> None:
+    table = {"model": str(small_base), "data": {"source": "arithmetic"}, "sft": {}, "rl": {"policy": "grpo"}}
+    spec = {"name": "grpo", "kl": 0.1, "reference": "base"}
+
+    def base(**changes) -> float | None:
+        return memory.estimate(parse({**table, **changes}), 100, 50)["rl"].get("base")
+
+    assert base() is None and base(rl={"policy": {**spec, "reference": "init"}}) is None
+    weights = 4 * sum(p.numel() for p in small_model().parameters()) / 2**30
+    assert base(rl={"policy": spec}) == pytest.approx(weights, abs=1e-4)
+    assert base(rl={"policy": spec}, lora={}) is None and base(rl={"policy": spec}, sft=None) is None

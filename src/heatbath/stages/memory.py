@@ -17,6 +17,7 @@ from heatbath import models
 from heatbath.errors import RecipeError
 from heatbath.ideas.objectives import objective
 from heatbath.ideas.passes import chunk_tokens
+from heatbath.ideas.policy import policy
 from heatbath.ideas.statistics import needs_reference
 from heatbath.recipe import Recipe
 from heatbath.stages.training import lora_config
@@ -52,6 +53,9 @@ def estimate(
         width = longest_prompt + recipe.rl.max_new_tokens
         tokens = recipe.rl.micro_batch * width
         stages["rl"] = _parts(shape, trained, tokens, short, frozen=not recipe.lora)
+        method = policy(recipe.rl.policy.name, **recipe.rl.policy.hyper)
+        if method.needs_reference and method.reference == "base" and recipe.sft and not recipe.lora:
+            stages["rl"]["base"] = round(4 * shape["parameters"] / GIB, ROUND)  # beside the frozen start
         # The completions of a generation are sampled at once, into a cache of keys and values.
         rows = recipe.rl.prompts * recipe.rl.group_size
         cached = rows * width * shape["layers"] * 2 * shape["kv"]
