@@ -1,98 +1,33 @@
-"""The RL trainer, real TRL underneath: its loss against TRL's own and against a transcription, and what it logs."""
+"""The RL stage, real TRL underneath: advantages, what it logs, its steps, and the settings it refuses."""
 
 from pathlib import Path
 
 import pytest
 import torch
-import trl
-from datasets import Dataset
+from policy_trainers import G, even_letters, make, texts
 
 from conftest import small_model, small_tokenizer
 from heatbath import recipe as recipes
 from heatbath.data import rendering
 from heatbath.errors import DataError, RunError
-from heatbath.ideas.policy import policy
 from heatbath.progress import Progress
 from heatbath.run import Run
-from heatbath.stages.policy_trainer import PolicyTrainer
 from heatbath.stages.rewards import verdict_reward
 from heatbath.stages.rl import run_rl, total_steps
 from heatbath.verify.math import MathGrader
-
-G, PROMPTS = 4, 4
-
-
-def even_letters(completions, **_):
-    """A reward with variance under a random model: the share of letters from the first half of the alphabet."""
-    texts = [c[0]["content"].lower() for c in completions]
-    return [sum(ch < "n" for ch in t) / max(len(t), 1) for t in texts]
-
-
-def arguments(folder: Path, **kwargs) -> trl.GRPOConfig:
-    settings = {
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "steps_per_generation": 4,
-        "num_generations": G,
-        "max_completion_length": 8,
-        "loss_type": "dapo",
-        "scale_rewards": "none",
-        "beta": 0.0,
-        "learning_rate": 1e-2,
-        "max_steps": 2,
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-    return trl.GRPOConfig(output_dir=str(folder), **{**settings, **kwargs})
-
-
-def make(folder: Path, cls=PolicyTrainer, goal=None, **kwargs) -> trl.GRPOTrainer:
-    dataset = Dataset.from_list(
-        [{"prompt": [{"role": "user", "content": f"What is {i} + {i}?"}]} for i in range(10, 10 + 2 * PROMPTS)]
-    )
-    extra = {"policy": goal or policy("paper"), "initial": small_model(), "kl_every": 1} if cls is PolicyTrainer else {}
-    return cls(
-        model=small_model(),
-        args=arguments(folder, **kwargs),
-        train_dataset=dataset,
-        processing_class=small_tokenizer(),
-        reward_funcs=[even_letters],
-        **extra,
-    )
-
-
-def recorded_window(trainer: trl.GRPOTrainer) -> list[dict]:
-    """One generation of the trainer, split as it would train on it."""
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-    rows = [trainer.train_dataset[i] for i in range(PROMPTS) for _ in range(G)]
-    trainer._prepare_inputs(rows)
-    return trainer._buffered_inputs
-
-
-def texts(trainer, output) -> list[str]:
-    kept = [ids[mask.bool()] for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)]
-    return trainer.processing_class.batch_decode(kept, skip_special_tokens=True)
 
 
 def test_advantages_are_centred_in_the_group_and_not_scaled(tmp_path: Path) -> None:
     trainer = make(tmp_path)
     trainer.model.train()
     output = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(2) for _ in range(G)])
-    r = torch.tensor(even_letters([[{"content": t}] for t in texts(trainer, output)]), dtype=torch.float64)
+    r = torch.tensor(even_letters(texts(trainer, [output])), dtype=torch.float64)
     r = r.view(2, G)
     torch.testing.assert_close(output["advantages"].view(2, G), r - r.mean(1, keepdim=True), rtol=1e-6, atol=1e-7)
 
 
 def test_kl_to_the_start_is_zero_at_the_start_and_then_grows(tmp_path: Path) -> None:
-    trainer = make(tmp_path, steps_per_generation=2, max_steps=4)
+    trainer = make(tmp_path, own={"initial": small_model()}, dtype=torch.float32, steps_per_generation=2, max_steps=4)
     trainer.train()
     logs = [row for row in trainer.state.log_history if "reward" in row]
     assert logs[0]["kl_init"] == 0.0 and logs[-1]["kl_init"] > 1e-4
