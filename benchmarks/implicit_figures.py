@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
-from heatbath.ideas.passk import mean_with_interval
+from heatbath.ideas.intervals import mean_with_interval
 
 GROUPS = (2, 4, 8, 16, 32)
 COLOURS = {"grpo": "#1f6f8b", "implicit": "#c8553d", "kl_mean": "#8a6fae"}

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from heatbath.cache import CachedBase, ReferenceCache
     from heatbath.errors import HeatbathError
     from heatbath.ideas.engine import dense_loss, linear_loss, linear_stats
+    from heatbath.ideas.intervals import mean_with_interval, paired_difference
     from heatbath.ideas.objectives import objective
-    from heatbath.ideas.passk import mean_with_interval, paired_difference, pass_at_k
+    from heatbath.ideas.passk import pass_at_k
     from heatbath.ideas.policy import policy, policy_loss
     from heatbath.ideas.statistics import Objective, TokenStats
     from heatbath.reference import AdaptersOff, FrozenBase
@@ -32,8 +33,8 @@ _HOMES = {
     "linear_loss": "ideas.engine",
     "linear_stats": "ideas.engine",
     "objective": "ideas.objectives",
-    "mean_with_interval": "ideas.passk",
-    "paired_difference": "ideas.passk",
+    "mean_with_interval": "ideas.intervals",
+    "paired_difference": "ideas.intervals",
     "pass_at_k": "ideas.passk",
     "policy": "ideas.policy",
     "policy_loss": "ideas.policy",

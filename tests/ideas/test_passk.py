@@ -1,19 +1,13 @@
-"""pass@k against brute force over subsets, intervals against their definition and against simulation."""
+"""pass@k, maj@k and the informative share against brute force over subsets."""
 
 import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
-from scipy import stats
 
-from heatbath.ideas.passk import (
-    difference,
-    informative_share,
-    mean_with_interval,
-    paired_difference,
-    pass_at_k,
-)
+from heatbath.ideas.passk import informative_share, majority_at_k, pass_at_k
 
 
 @pytest.mark.parametrize("n", [1, 4, 7])
@@ -34,76 +28,82 @@ def test_informative_share_is_that_of_subsets_with_a_right_and_a_wrong_sample(n:
 
 
 def test_pass_at_k_takes_questions_with_different_samples() -> None:
-    found = pass_at_k([0, 3, 8], [8, 4, 8], 2)
-    assert found == pytest.approx([0.0, 1 - math.comb(1, 2) / math.comb(4, 2), 1.0])
+    found = pass_at_k([0, 3, 8, 3], [8, 4, 8, 4], 2)
+    assert found == pytest.approx([0.0, 1 - math.comb(1, 2) / math.comb(4, 2), 1.0, 1.0])
+    assert pass_at_k([1, 3, 6], [4, 4, 8], 1) == pytest.approx([0.25, 0.75, 0.75])  # avg@n
     with pytest.raises(ValueError, match="pass@5 needs at least 5"):
         pass_at_k([0, 3, 8], [8, 4, 8], 5)
+    with pytest.raises(ValueError, match="pass@0"):
+        pass_at_k([0], [8], 0)
+
+
+@pytest.mark.parametrize("right", [9, -1])
+def test_counts_are_counts(right: int) -> None:
     with pytest.raises(ValueError, match="between 0 and"):
-        pass_at_k([9], [8], 1)
+        pass_at_k([3, right], [8, 8], 1)
+    with pytest.raises(ValueError, match="whole numbers"):
+        informative_share([0.5], [8], 2)
 
 
-def test_interval_is_scipys() -> None:
-    x = np.random.default_rng(0).normal(size=23)
-    found = mean_with_interval(x)
-    low, high = stats.t.interval(0.95, len(x) - 1, loc=x.mean(), scale=stats.sem(x))
-    assert (found.low, found.high) == pytest.approx((low, high))
+def test_pass_at_k_is_exact_where_binomial_coefficients_overflow() -> None:
+    for c, n, k in ((3, 5000, 1000), (1, 4096, 4095), (2000, 4096, 1)):
+        exact = 1 - math.comb(n - c, k) / math.comb(n, k)  # of whole numbers of any size
+        assert pass_at_k([c, 0], n, k).tolist() == pytest.approx([exact, 0.0], abs=1e-12)
 
 
-def test_paired_difference_is_scipys() -> None:
-    generator = np.random.default_rng(1)
-    before, after = generator.random(40), generator.random(40)
-    found = paired_difference(before, after)
-    expected = stats.ttest_rel(after, before).confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-    with pytest.raises(ValueError, match="same questions"):
-        paired_difference(before, after[:-1])
+def brute_majority(answers: list, right: list[bool], k: int) -> float:
+    """The mean over all subsets of k of 1/t where the right answer is one of t leaders, and else 0."""
+    total = count = 0
+    for picked in itertools.combinations(range(len(answers)), k):
+        voting = [i for i in picked if right[i] or answers[i] is not None]
+        votes = Counter("right" if right[i] else ("wrong", answers[i]) for i in voting)
+        leaders = [a for a in votes if votes[a] == max(votes.values())]
+        total += ("right" in leaders) / len(leaders) if leaders else 0.0
+        count += 1
+    return total / count
 
 
-def test_interval_covers_when_the_question_is_the_unit() -> None:
-    """30 questions × 4 draws, 4,000 simulations: 93-96 %; pooling the 120 draws as independent falls below 90 %."""
-    generator = np.random.default_rng(2)
-    truth, covered, pooled = 0.5, 0, 0
-    for _ in range(4000):
-        ability = generator.beta(0.5, 0.5, size=30)
-        draws = generator.binomial(4, ability)
-        e = mean_with_interval(draws / 4)
-        covered += e.low <= truth <= e.high
-        p = draws.sum() / 120
-        half = 1.96 * math.sqrt(p * (1 - p) / 120)
-        pooled += p - half <= truth <= p + half
-    assert 0.93 < covered / 4000 < 0.965
-    assert pooled / 4000 < 0.9
+def test_majority_at_k_is_the_mean_over_subsets_and_ties() -> None:
+    """With right answers in several notations, samples without an answer, and up to 9 samples."""
+    draw = np.random.default_rng(0)
+    for _ in range(120):
+        n = int(draw.integers(1, 10))
+        answers = [[None, "5", "5.0", "7", "8", "9"][i] for i in draw.integers(0, 6, size=n)]
+        right = [a in ("5", "5.0") for a in answers]
+        for k in range(1, n + 1):
+            found = majority_at_k([answers], [right], k)[0]
+            assert found == pytest.approx(brute_majority(answers, right, k), abs=1e-12)
 
 
-def test_an_interval_of_scores_stays_a_score_and_never_has_no_width() -> None:
-    for value in (0.0, 1.0):
-        found = mean_with_interval([value] * 100, bounds=(0.0, 1.0))
-        exact = stats.binomtest(int(value * 100), 100).proportion_ci(0.95, method="exact")
-        assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
-    cut = mean_with_interval([0.0] * 9 + [1.0], bounds=(0.0, 1.0))
-    assert cut.low == 0.0 and cut.high == pytest.approx(mean_with_interval([0.0] * 9 + [1.0]).high)
+def test_majority_at_k_of_every_kind_of_question() -> None:
+    answers = [
+        ["1", "1", "2"],
+        ["2", "2", "1"],
+        ["1", "2", "3"],
+        [None, None, "1"],
+        [None, None, None],
+        ["1", "one", "2"],
+    ]
+    right = [[a in ("1", "one") for a in own] for own in answers]
+    assert majority_at_k(answers, right, 3).tolist() == pytest.approx([1, 0, 1 / 3, 1, 0, 1])
+    shares = [sum(own) / 3 for own in right]
+    assert majority_at_k(answers, right, 1) == pytest.approx(shares)  # one vote decides: avg@n
+    with pytest.raises(ValueError, match=r"maj@4 needs at least 4 samples of every question \(question 0: 3\)"):
+        majority_at_k(answers, right, 4)
+    with pytest.raises(ValueError, match="maj@0"):
+        majority_at_k(answers, right, 0)
+    with pytest.raises(ValueError, match="question 1 has 3 answers and 2 verdicts"):
+        majority_at_k(answers[:2], [right[0], right[1][:2]], 2)
 
 
-def test_one_question_has_no_interval() -> None:
-    assert math.isnan(mean_with_interval([0.5]).low)
-    with pytest.raises(ValueError, match="no questions"):
-        mean_with_interval([])
-
-
-def test_difference_of_independent_estimates_covers() -> None:
-    """32 against 24 trials of shares 0.1 and 0.4, 2,000 simulations: 93 to 98 % at a nominal 95 %."""
-    generator = np.random.default_rng(3)
-    covered = 0
-    for _ in range(2000):
-        a, b = (
-            mean_with_interval((generator.random(n) < p).astype(float), bounds=(0.0, 1.0))
-            for n, p in ((32, 0.1), (24, 0.4))
-        )
-        gap = difference(a, b)
-        assert gap.mean == pytest.approx(b.mean - a.mean)
-        covered += gap.low <= 0.3 <= gap.high
-    assert 0.93 < covered / 2000 < 0.98
-
-
-def test_an_estimate_of_one_question_has_no_bounds_in_json() -> None:
-    assert mean_with_interval([0.5]).numbers() == {"mean": 0.5, "low": None, "high": None}
+def test_majority_at_k_of_many_samples_is_a_simulation() -> None:
+    """48 of 128 samples right, 40 and 20 and 10 agree on other answers, 10 are silent; k = 32."""
+    answers = ["r"] * 48 + ["a"] * 40 + ["b"] * 20 + ["c"] * 10 + [None] * 10
+    right = [a == "r" for a in answers]
+    draw = np.random.default_rng(1)
+    drawn = draw.multivariate_hypergeometric([48, 40, 20, 10, 10], 32, size=200_000)[:, :4]
+    most = drawn.max(axis=1)
+    simulated = np.where(drawn[:, 0] == most, 1 / (drawn == most[:, None]).sum(axis=1), 0.0).mean()
+    assert majority_at_k([answers], [right], 32)[0] == pytest.approx(simulated, abs=0.004)
+    huge = majority_at_k([answers * 16], [right * 16], 1024)[0]
+    assert simulated < huge < 1.0  # C(2048, 1024) has no float

@@ -15,7 +15,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 from conftest import small_model, small_tokenizer
 from heatbath import recipe as recipes
 from heatbath.data import sources
-from heatbath.ideas.passk import mean_with_interval
+from heatbath.ideas.intervals import mean_with_interval
 from heatbath.progress import Progress
 from heatbath.run import Run
 from heatbath.stages import readiness

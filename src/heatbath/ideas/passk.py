@@ -1,36 +1,37 @@
-"""pass@k without bias, and intervals in which the question is the sampling unit.
+"""pass@k, maj@k and the share of informative groups, each without bias from one set of samples.
 
-Q questions, n samples of a question, c of them right.
+Q questions, n samples of a question, c of them right; n may differ by question.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import stdtrit
+from scipy.special import gammaln, xlog1py, xlogy
 
-Floats = NDArray[np.float64]
+from heatbath.ideas.intervals import Floats
+
+Counts = NDArray[np.int64]
 
 
 def pass_at_k(right: ArrayLike, samples: ArrayLike, k: int) -> Floats:
     """Probability that at least one of k samples drawn without replacement is right, [Q].
 
     Unbiased (Chen et al. 2107.03374, eq. 1): 1 − C(n − c, k) / C(n, k), as the product of 1 − k/i for
-    i = n − c + 1 … n. `right` and `samples` are [Q] (or one number for all). Raises ValueError where n < k, where
-    the estimate does not exist, or where not 0 ≤ c ≤ n.
+    i = n − c + 1 … n. For k = 1 it is c/n, whose mean over questions is known as avg@n. `right` and `samples` are [Q]
+    (or one number for all). Raises ValueError where n < k, where the estimate does not exist, or where not 0 ≤ c ≤ n.
     """
-    c, n = np.broadcast_arrays(np.atleast_1d(np.asarray(right)), np.asarray(samples))
+    c, n = _counted(right, samples)
     if k < 1 or (n < k).any():
         raise ValueError(f"pass@{k} needs at least {k} samples of every question (fewest here: {n.min()})")
-    if (c < 0).any() or (c > n).any():
-        raise ValueError("right answers must lie between 0 and the number of samples")
-    pairs, where = np.unique(np.stack([c, n]), axis=1, return_inverse=True)
-    table = np.array([_pass_at_k(int(ci), int(ni), k) for ci, ni in pairs.T])
-    return table[where.reshape(-1)]
+    pairs, where = np.unique(c * (int(n.max()) + 1) + n, return_inverse=True)
+    kinds = [divmod(int(pair), int(n.max()) + 1) for pair in pairs]
+    return np.array([_pass_at_k(ci, ni, k) for ci, ni in kinds])[where]
 
 
 def _pass_at_k(right: int, samples: int, k: int) -> float:
@@ -46,72 +47,73 @@ def informative_share(right: ArrayLike, samples: ArrayLike, group: int) -> Float
     Unbiased: 1 − C(n − c, G) / C(n, G) − C(c, G) / C(n, G); with n = G whether 0 < c < n. Raises ValueError as
     `pass_at_k`.
     """
-    c, n = np.broadcast_arrays(np.atleast_1d(np.asarray(right)), np.asarray(samples))
+    c, n = _counted(right, samples)
     return pass_at_k(c, n, group) + pass_at_k(n - c, n, group) - 1.0
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over questions with its interval; `low` and `high` are NaN for a single question."""
+def majority_at_k(answers: Sequence[Sequence[Hashable]], right: Sequence[Sequence[bool]], k: int) -> Floats:
+    """maj@k (Wang et al. 2203.11171): probability that the most frequent answer among k samples drawn without
+    replacement is right, [Q].
 
-    mean: float
-    low: float
-    high: float
-    questions: int
-    confidence: float = 0.95
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-    def numbers(self) -> dict[str, float | None]:
-        """Mean and bounds for a JSON file, which has no NaN: a bound that does not exist is None."""
-        bounds = {"mean": self.mean, "low": self.low, "high": self.high}
-        return {key: None if math.isnan(value) else value for key, value in bounds.items()}
-
-
-def mean_with_interval(
-    values: Sequence[float] | Floats, *, confidence: float = 0.95, bounds: tuple[float, float] | None = None
-) -> Estimate:
-    """Mean of per-question values and its Student-t interval over questions.
-
-    `bounds` are those of a value, (0, 1) for a score: the interval is cut there, and where every question sits on the
-    same bound (0 of 100), where the t interval has no width, it is the exact binomial one (Clopper-Pearson), as if each
-    question were one trial.
-
-    The samples of one question are not independent draws of the benchmark, so they enter as their mean: pooling all
-    draws as if independent covers 80 % at a nominal 95 % (30 questions × 4 draws), this covers 94 %.
+    `answers` holds each question's samples (None: no answer, which does not vote), `right` whether each was graded so.
+    Right samples are one answer, however they are written: all equal the gold answer. Ties are broken by lot: one of t
+    leaders wins with probability 1/t. Exact for every k ≤ n, a sum over how often the right answer is drawn; for k = n
+    it is 1, 1/t or 0. Raises ValueError where n < k, and where the two do not fit together.
     """
-    x = np.asarray(values, dtype=np.float64)
-    if x.size == 0:
-        raise ValueError("no questions")
-    mean = float(x.mean())
-    if x.size == 1:
-        return Estimate(mean, math.nan, math.nan, 1, confidence)
-    if bounds is not None and x.min() == x.max() and x[0] in bounds:
-        reach = (bounds[1] - bounds[0]) * (1 - ((1 - confidence) / 2) ** (1 / x.size))
-        low, high = (mean, mean + reach) if x[0] == bounds[0] else (mean - reach, mean)
-        return Estimate(mean, low, high, int(x.size), confidence)
-    half = float(stdtrit(x.size - 1, 0.5 + confidence / 2)) * float(x.std(ddof=1)) / math.sqrt(x.size)
-    low, high = mean - half, mean + half
-    if bounds is not None:
-        low, high = max(low, bounds[0]), min(high, bounds[1])
-    return Estimate(mean, low, high, int(x.size), confidence)
+    out = []
+    for question, (given, verdicts) in enumerate(zip(answers, right, strict=True)):
+        if len(given) != len(verdicts):
+            raise ValueError(f"question {question} has {len(given)} answers and {len(verdicts)} verdicts")
+        if k < 1 or len(given) < k:
+            raise ValueError(
+                f"maj@{k} needs at least {k} samples of every question (question {question}: {len(given)})"
+            )
+        wrong = Counter(a for a, is_right in zip(given, verdicts, strict=True) if not is_right and a is not None)
+        out.append(_majority_at_k(sum(map(bool, verdicts)), tuple(sorted(wrong.values())), len(given), k))
+    return np.array(out)
 
 
-def paired_difference(
-    before: Sequence[float] | Floats, after: Sequence[float] | Floats, *, confidence: float = 0.95
-) -> Estimate:
-    """Mean of `after − before` over the same questions with its interval. Raises ValueError on unequal lengths."""
-    a, b = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"paired values need the same questions: {a.size} before, {b.size} after")
-    return mean_with_interval(b - a, confidence=confidence)
+@functools.lru_cache(maxsize=100_000)
+def _majority_at_k(right: int, wrong: tuple[int, ...], n: int, k: int) -> float:
+    """Of a question with so many right samples and so many of each wrong answer; the other samples do not vote.
+
+    Drawing each sample on its own with probability k/n, given that k are drawn, is drawing k without replacement. So
+    the number drawn of each answer is binomial, and independent until the sum is fixed: polynomials in that sum, whose
+    coefficients stay near 1 where those of Π C(m, i) overflow.
+    """
+    total = 0.0
+    for votes in range(1, min(right, k) + 1):
+        rivals = [m for m in wrong if m >= votes]
+        # answers that cannot reach the votes of the right one, and samples without one, are drawn freely
+        ways = _drawn(n - right - sum(rivals), k, n)[None, : k - votes + 1]  # [tied rivals, drawn so far]
+        for m in rivals:
+            chance = _drawn(m, k, n)
+            tied = np.zeros((len(ways) + 1, k - votes + 1))
+            for drawn in range(votes + 1):
+                row = 1 if drawn == votes else 0
+                width = min(ways.shape[1], k - votes + 1 - drawn)
+                if width > 0:
+                    tied[row : row + len(ways), drawn : drawn + width] += chance[drawn] * ways[:, :width]
+            ways = tied[: (k - votes) // votes + 1]
+        if ways.shape[1] == k - votes + 1:
+            total += _drawn(right, k, n)[votes] * float(ways[:, -1] @ (1 / np.arange(1, len(ways) + 1)))
+    return min(1.0, total / float(_drawn(n, k, n)[k]))
 
 
-def difference(before: Estimate, after: Estimate) -> Estimate:
-    """`after − before` of two independent estimates. The interval is made of theirs (MOVER, Zou and Donner 2008): they
-    need not be symmetric, as those of shares near 0 or 1 are not. `questions` are those of the smaller one."""
-    mean = after.mean - before.mean
-    low = mean - math.hypot(after.mean - after.low, before.high - before.mean)
-    high = mean + math.hypot(after.high - after.mean, before.mean - before.low)
-    return Estimate(mean, low, high, min(before.questions, after.questions), after.confidence)
+@functools.lru_cache(maxsize=10_000)
+def _drawn(m: int, k: int, n: int) -> Floats:
+    """Binomial probabilities of 0 … m of m samples, each drawn with probability k/n, [m + 1]."""
+    i = np.arange(m + 1)
+    choose = gammaln(m + 1) - gammaln(i + 1) - gammaln(m - i + 1)
+    return np.asarray(np.exp(choose + xlogy(i, k / n) + xlog1py(m - i, -k / n)))
+
+
+def _counted(right: ArrayLike, samples: ArrayLike) -> tuple[Counts, Counts]:
+    """Both as whole numbers, [Q]."""
+    c, n = np.broadcast_arrays(np.atleast_1d(np.asarray(right)), np.asarray(samples))
+    whole = c.astype(np.int64), n.astype(np.int64)
+    if (whole[0] != c).any() or (whole[1] != n).any():
+        raise ValueError("right answers and samples must be whole numbers")
+    if (c < 0).any() or (c > n).any():
+        raise ValueError("right answers must lie between 0 and the number of samples")
+    return whole

@@ -23,10 +23,12 @@ from heatbath import models
 from heatbath.data import rendering
 from heatbath.data.rendering import IGNORE
 from heatbath.data.rows import Row
-from heatbath.engines import local
+from heatbath.engines.local import LocalSampler
+from heatbath.engines.sampling import Sampling
 from heatbath.heads import logit_transform, output_head
 from heatbath.ideas.engine import linear_stats
-from heatbath.ideas.passk import Estimate, difference, informative_share, mean_with_interval, pass_at_k
+from heatbath.ideas.intervals import Estimate, difference, mean_with_interval
+from heatbath.ideas.passk import informative_share, pass_at_k
 from heatbath.ideas.policy import policy
 from heatbath.progress import Progress
 from heatbath.recipe import Recipe
@@ -128,19 +130,11 @@ def _sample(
     settings = recipe.rl
     assert settings is not None
     owner = [i for i in range(len(rows)) for _ in range(settings.group_size)]
-    batches = local.sample(
-        model,
-        [asked[i] for i in owner],
-        temperature=settings.temperature,
-        max_new_tokens=settings.max_new_tokens,
-        eos_ids=local.eos_ids_of(model, tokenizer.eos_token_id),
-        pad_id=tokenizer.pad_token_id,
-        batch=recipe.eval.batch,
-        seed=recipe.seed,
-    )
+    sampler = LocalSampler(model, tokenizer, batch=recipe.eval.batch)
+    sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens)
     out: list[_Sampled] = []
     with progress.bar("readiness", len(owner)):
-        for batch in batches:
+        for batch in sampler.sample([asked[i] for i in owner], sampling, recipe.seed):
             texts = tokenizer.batch_decode([c.ids for c in batch], skip_special_tokens=True)
             golds = [as_gold(recipe.reward.kind, str(rows[owner[c.prompt]].answer)) for c in batch]
             verdicts = grader.grade(texts, golds)
@@ -201,23 +195,28 @@ def _numbers(sampled: list[_Sampled], settings: RL) -> dict[str, Any]:
 
 def _judged(recipe: Recipe) -> tuple[bool, list[str]]:
     """Whether a group of equal verdicts gives this RL nothing to learn from; and what to know about the numbers."""
-    settings = recipe.rl
+    settings, notes = recipe.rl, []
     assert settings is not None
-    goal, notes = policy(settings.policy.name, **settings.policy.hyper), []
-    G = settings.group_size
-    dead = goal.advantages(torch.tensor([1.0] * G + [0.0] * G), torch.tensor([0] * G + [1] * G))
     if [name for name, weight in recipe.reward.weighted.items() if weight] != ["verdict"]:
         notes.append("the reward is more than the verdict; these shares are of verdicts alone")
+    notes += other_signals(settings)
+    judged = not notes
+    if unapplied := [name for name in UNAPPLIED if name in settings.trainer]:
+        notes.append(f"sampled without {', '.join(unapplied)} of rl.trainer")
+    return judged, notes
+
+
+def other_signals(settings: RL) -> list[str]:
+    """Why a group whose completions all earn the same may teach the policy something all the same."""
+    goal, notes, G = policy(settings.policy.name, **settings.policy.hyper), [], settings.group_size
+    dead = goal.advantages(torch.tensor([1.0] * G + [0.0] * G), torch.tensor([0] * G + [1] * G))
     if goal.needs_demonstrations:
         notes.append(
             f"'{settings.policy.name}' also learns from demonstrations; these shares are of its own completions"
         )
     if bool(dead.any()):
         notes.append(f"'{settings.policy.name}' learns from groups of equal verdicts too")
-    judged = not notes
-    if unapplied := [name for name in UNAPPLIED if name in settings.trainer]:
-        notes.append(f"sampled without {', '.join(unapplied)} of rl.trainer")
-    return judged, notes
+    return notes
 
 
 def warnings(found: dict[str, Any], *, warm: bool) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from heatbath.data.tables import read_file
 from heatbath.errors import DataError
-from heatbath.ideas.passk import Estimate, mean_with_interval, paired_difference
+from heatbath.ideas.intervals import Estimate, mean_with_interval, paired_difference
 from heatbath.verify.endpoint import Endpoint, Messages, RefusalError, Reply
 
 Id = int | str

@@ -18,7 +18,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from heatbath.errors import DataError
-from heatbath.ideas.passk import Estimate, Floats, mean_with_interval
+from heatbath.ideas.intervals import Estimate, Floats, mean_with_interval
 from heatbath.verify.endpoint import Endpoint, Reply
 from heatbath.verify.judge import Id, Prompts, Template, check_fields, judged, plain
 
