@@ -24,8 +24,9 @@ class Section(BaseModel):
 class Data(Section):
     """What every source has. Sizes count problems; `paths` solutions of each become demonstrations.
 
-    Rows of `demos` and `prompts` that share `ngram` words in a row with a problem of the files in `decontaminate` are
-    removed. `system` is a system message put before every question.
+    Rows of `demos` and `prompts` that share `ngram` words in a row with a problem of `decontaminate`, files or names of
+    tasks, are removed; the tasks' own files lie in `data_dir` (default: that of [eval]). `system` is a system message
+    put before every question.
     """
 
     demos: Count = 0
@@ -34,13 +35,27 @@ class Data(Section):
     test: Count = 0
     paths: Positive = 1
     system: str | None = None
-    decontaminate: list[Path] = []
+    decontaminate: list[str] = []
     ngram: Annotated[int, Field(ge=2)] = 13
+    data_dir: Path | None = None
 
     @field_validator("decontaminate")
     @classmethod
-    def whole_paths(cls, value: list[Path]) -> list[Path]:
-        return [whole(path) for path in value]
+    def whole_paths(cls, value: list[str]) -> list[str]:
+        from heatbath.data.tasks import is_task, settled
+
+        return [settled(name) if is_task(name) else str(whole(Path(name))) for name in value]
+
+    @field_validator("data_dir")
+    @classmethod
+    def whole_data_dir(cls, value: Path | None) -> Path | None:
+        return None if value is None else whole(value)
+
+
+class NoData(Data):
+    """No rows of one's own: an evaluation of `eval.tasks` alone."""
+
+    source: Literal["none"]
 
 
 class ArithmeticData(Data):
@@ -192,7 +207,7 @@ class DeepMathData(TableData):
 
 
 AnyData = Annotated[
-    ArithmeticData | ReasoningGymData | FilesData | HubData | DeepMathData, Field(discriminator="source")
+    NoData | ArithmeticData | ReasoningGymData | FilesData | HubData | DeepMathData, Field(discriminator="source")
 ]
 
 

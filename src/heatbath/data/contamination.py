@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from heatbath.data.rows import Row
+from heatbath.data_sections import Data
 from heatbath.errors import DataError
 
 _UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
@@ -70,9 +71,19 @@ def contamination_note(of: str, rows: int, removed: Sequence[Contaminated], n: i
     )
 
 
-def read_problems(path: Path) -> list[tuple[str, str]]:
-    """(problem, place) of each row of a file of problems; the question is the first field of `QUESTION_FIELDS` that the
-    row has. Raises DataError where it has none."""
+def read_problems(data: Data) -> list[tuple[str, str]]:
+    """(problem, place) of everything that `data.decontaminate` names: the questions of tasks, and the rows of files,
+    whose question is the first field of `QUESTION_FIELDS` that the row has. Raises DataError where it has none, or
+    where a task's rows are not there."""
+    from heatbath.data import tasks
+
+    found = []
+    for name in data.decontaminate:
+        found += tasks.find(name).questions(data.data_dir) if tasks.is_task(name) else _rows_of(Path(name))
+    return found
+
+
+def _rows_of(path: Path) -> list[tuple[str, str]]:
     from heatbath.data.tables import read_file  # which draws from pools that are decontaminated here
 
     found = []

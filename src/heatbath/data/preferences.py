@@ -81,7 +81,7 @@ def load(recipe: Recipe, test: Sequence[Row]) -> tuple[list[Preference], tuple[s
             'give each row chosen and rejected, or take preference.method = "una"',
         )
     if recipe.data.decontaminate:
-        problems = [p for file in recipe.data.decontaminate for p in read_problems(file)]
+        problems = read_problems(recipe.data)
         problems += [(row.asked, f"data.test, {row.origin}") for row in test]
         kept, removed = without_shared_ngrams([row.row for row in rows], problems, recipe.data.ngram)
         notes.append(contamination_note(KEY, len(rows), removed, recipe.data.ngram, len(problems)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from heatbath.data import arithmetic, tables
 from heatbath.data.contamination import contamination_note, read_problems, without_shared_ngrams
 from heatbath.data.rows import HELD_OUT, Row, Splits, position
-from heatbath.data_sections import AnyData, ArithmeticData, ReasoningGymData
+from heatbath.data_sections import AnyData, ArithmeticData, NoData, ReasoningGymData
 from heatbath.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ def load(data: AnyData, seed: int) -> Splits:
     No problem of `test` or `validation` may stand in a split that is trained on, nor in each other; demonstrations and
     prompts may share problems.
     """
+    if isinstance(data, NoData):
+        return Splits([], [], [], [])
     if isinstance(data, ArithmeticData):
         splits = _arithmetic(data, seed)
     elif isinstance(data, ReasoningGymData):
@@ -53,8 +55,8 @@ def require(splits: Splits, recipe: Recipe, stages: tuple[str, ...]) -> None:
             "data.prompts",
             "give more prompts or lower rl.prompts",
         )
-    if "eval" in stages and not splits.test:
-        raise DataError("no test problems", "data.test", "the eval stage needs at least one")
+    if "eval" in stages and not splits.test and not recipe.eval.tasks:
+        raise DataError("no test problems", "data.test", "the eval stage needs at least one, or eval.tasks")
 
 
 def _require_disjoint(splits: Splits) -> None:
@@ -72,7 +74,7 @@ def _require_disjoint(splits: Splits) -> None:
 
 
 def _decontaminated(splits: Splits, data: AnyData) -> Splits:
-    problems = [p for path in data.decontaminate for p in read_problems(path)]
+    problems = read_problems(data)
     known = {text for text, _ in problems}
     problems += [(row.asked, f"data.test, {row.origin}") for row in splits.test if row.asked not in known]
     kept: dict[str, list[Row]] = {}

@@ -35,7 +35,7 @@ def load(data: FilesData | HubData | DeepMathData, seed: int) -> Splits:
             continue
         records = list(_read(data, own, f"data.{split}_from")) if size != 0 else []
         fields = data.test_fields if split == "test" and data.test_fields is not None else data.fields
-        made = [_rows(record, where, fields, (NEEDS[split],), data.paths) for record, where in records[:size]]
+        made = [rows_of(record, where, fields, (NEEDS[split],), data.paths) for record, where in records[:size]]
         parts[split] = [row for rows in made for row in (rows if NEEDS[split] == "solution" else rows[:1])]
     removed: list[Contaminated] = []
     if any(pooled.values()):
@@ -58,7 +58,7 @@ def _from_pool(
     needs = tuple(sorted({NEEDS[split] for split, size in sizes.items() if size}))
     first = fields.solution if isinstance(fields.solution, str) else fields.solution[0]
     read = [(r, w) for r, w in _read(data, name, "data.pool") if not deepmath or as_text(r.get(first), first, w)]
-    rows = [row for record, where in read for row in _rows(record, where, fields, needs, 99)]
+    rows = [row for record, where in read for row in rows_of(record, where, fields, needs, 99)]
     answers: dict[str, str | None] = {}
     solutions: dict[str, list[str | None]] = {}
     kept, contradicting = [], 0
@@ -76,7 +76,7 @@ def _from_pool(
         notes.append(f"{name}: {contradicting} rows contradict the answer of an earlier row of their problem; left out")
     removed: list[Contaminated] = []
     if data.decontaminate:
-        problems = [p for path in data.decontaminate for p in read_problems(path)]
+        problems = read_problems(data)
         kept, removed = without_shared_ngrams(kept, problems, data.ngram)
         notes.append(contamination_note(name, len(kept) + len(removed), removed, data.ngram, len(problems)))
     try:
@@ -97,23 +97,23 @@ def _read(data: FilesData | HubData | DeepMathData, name: str, key: str) -> Iter
         return read_file(data.folder / name, key)
     if isinstance(data, DeepMathData) and Path(name).is_absolute():  # else a split of the hub's
         return read_file(Path(name), key)
-    return _read_hub(data, name, key)
+    config = data.config if isinstance(data, HubData) else None
+    remedy = "check data.name, data.config and the split; without a connection use source = 'files' and a local copy"
+    return read_hub(data.name, name, key, config=config, revision=data.revision, remedy=remedy)
 
 
-def _read_hub(data: HubData | DeepMathData, split: str, key: str) -> Iterator[Record]:
+def read_hub(
+    name: str, split: str, key: str, *, config: str | None = None, revision: str | None = None, remedy: str
+) -> Iterator[Record]:
+    """The records of a split of a hub dataset, each with its place. Raises DataError with that remedy."""
     import datasets
 
-    config = data.config if isinstance(data, HubData) else None
     try:
-        table = datasets.load_dataset(data.name, config, split=split, revision=data.revision)
+        table = datasets.load_dataset(name, config, split=split, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"cannot load the split '{split}' of '{data.name}': {first}",
-            key,
-            "check data.name, data.config and the split; without a connection use source = 'files' and a local copy",
-        ) from None
-    return ((dict(record), f"{data.name} {split}, row {number}") for number, record in enumerate(table, 1))
+        raise DataError(f"cannot load the split '{split}' of '{name}': {first}", key, remedy) from None
+    return ((dict(record), f"{name} {split}, row {number}") for number, record in enumerate(table, 1))
 
 
 def read_file(path: Path, key: str) -> Iterator[Record]:
@@ -213,7 +213,7 @@ def _csv(path: Path, key: str) -> Iterator[Record]:
             raise DataError(f"not CSV: {error}", f"{path}, line {reader.line_num} ({key})", "write it anew") from None
 
 
-def _rows(record: dict[str, Any], where: str, fields: Fields, need: tuple[str, ...], most: int) -> list[Row]:
+def rows_of(record: dict[str, Any], where: str, fields: Fields, need: tuple[str, ...], most: int) -> list[Row]:
     """The rows of one record: one for each of its first `most` solutions, or one without. `need` names what its split
     cannot do without."""
     history: tuple[tuple[str, str], ...] = ()

@@ -52,13 +52,15 @@ ALGEBRA |= {
 
 @dataclass(frozen=True)
 class Gold:
-    """A gold answer as it is compared: the answer alone, its tree where it can be read, and its letter if it is one."""
+    """A gold answer as it is compared: the answer alone, its tree where it can be read, and its letter if it is one.
+    `whole` is the text it was found in: an answer that repeats all of it is right however it is written."""
 
     text: str
     node: Node | None
     letter: str | None
     comma: Node | None  # with a decimal comma read as a point
     integer: int | None  # of a plain integer
+    whole: str = ""
 
 
 @lru_cache(maxsize=4096)
@@ -75,6 +77,7 @@ def gold_answer(gold: str) -> Gold | None:
         letter.group(1) if letter else None,
         _comma(text) if COMMA_IN_GOLD.match(text) else None,
         integer,
+        latex(gold) if len(gold) <= MAX_GOLD else text,
     )
 
 
@@ -118,7 +121,7 @@ def compare(gold: Gold, answer: str, rules: Rules = EXACT, finished: bool = True
     if gold.integer is not None and PLAIN.fullmatch(answer):
         return ("right" if int(answer) == gold.integer else "wrong"), "number"
     text = latex(answer)
-    if text == gold.text:
+    if text in (gold.text, gold.whole):
         return "right", "text"
     if gold.letter and (letter := _letter(_unstyled(text))):
         return ("right" if letter == gold.letter else "wrong"), "letter"

@@ -1,4 +1,5 @@
-"""Chat completions of an OpenAI-compatible server: retried, cached by content, in order, a bounded number in flight.
+"""An OpenAI-compatible server: chat completions, retried, cached by content, in order, a bounded number in flight; and
+its other routes, retried.
 
 A judging run costs money and hours. So every reply is kept on disk the moment it arrives (one file each, written
 whole or not at all), a run that was killed asks only for what is missing, and several processes may share the folder.
@@ -21,12 +22,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from heatbath.errors import RecipeError, RunError
 
 Messages = Sequence[Mapping[str, str]]
+Read = TypeVar("Read")
 LONGEST_BACKOFF = 60.0  # seconds
 LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more is an error, not a pause
 TRY_AGAIN = frozenset({408, 409, 425, 429})  # and every 5xx
@@ -138,7 +140,8 @@ class Endpoint:
         known = _read(path, request)
         if known is not None:
             return known
-        reply = self._ask(request, stop)
+        kept = "what was answered is in the cache" if self.cache else "set `cache`, so that answers are kept"
+        reply = self.post("chat/completions", request, _reply, stop, kept=f" ({kept})")
         if path is not None:
             _write(path, {"request": request, "attempt": attempt, "url": self._shown_url, "reply": vars(reply)})
         return reply
@@ -156,9 +159,15 @@ class Endpoint:
         digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
         return Path(self.cache) / digest[:2] / f"{digest}.json"
 
-    def _ask(self, request: dict[str, Any], stop: threading.Event) -> Reply:
-        """Asks until there is a reply; `stop` ends the waiting between two tries."""
-        http, url, key = _http(), f"{self.base_url.rstrip('/')}/chat/completions", self._key()
+    def post(
+        self, route: str, request: dict[str, Any], read: Callable[[Any], Read], stop: threading.Event, *, kept: str = ""
+    ) -> Read:
+        """What `read` makes of the server's JSON answer to a request, which is not cached.
+
+        It is asked again while `read` finds nothing there (IndexError, KeyError, TypeError, AttributeError); `stop`
+        ends the waiting between two tries. Raises as `answer` does; `kept` says where earlier answers are.
+        """
+        http, url, key = _http(), f"{self.base_url.rstrip('/')}/{route}", self._key()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         content = json.dumps(request)  # ASCII: a lone surrogate in an answer goes through
         what = ""
@@ -174,9 +183,9 @@ class Endpoint:
             except http.RequestError as error:
                 what = f"no connection: {error}"
             else:
-                reply, what = _understood(response)
-                if reply is not None:
-                    return reply
+                found, what = _understood(response, read)
+                if found is not None:
+                    return found
                 what = self._without_key(what, key)[:400]
                 if not _may_pass_later(response):
                     raise self._fault(response.status_code, what)
@@ -187,11 +196,10 @@ class Endpoint:
             if number < self.retries:
                 backoff = min(self.first_wait * 2**number, LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
                 stop.wait(max(wait, backoff))
-        kept = "what was answered is in the cache" if self.cache else "set `cache`, so that answers are kept"
         raise RunError(
             f"the server gave no usable answer in {number + 1} tries; the last: {what or 'stopped'}",
             self._shown_url,
-            f"check that it runs at this address, or lower `concurrency`, and run again ({kept})",
+            f"check that it runs at this address, or lower `concurrency`, and run again{kept}",
         )
 
     def _fault(self, status: int, what: str) -> RunError:
@@ -253,20 +261,24 @@ def _http() -> ModuleType:
         raise RecipeError("no HTTP client is installed", "httpx", "pip install 'heatbath[api]'") from None
 
 
-def _understood(response: Any) -> tuple[Reply | None, str]:
-    """The reply, or why there is none."""
+def _understood(response: Any, read: Callable[[Any], Read]) -> tuple[Read | None, str]:
+    """What `read` finds, or why there is nothing."""
     try:
         content = response.json()
     except ValueError:
         content = None
     if response.status_code == 200:
         try:
-            choice = content["choices"][0]
-            text = choice["message"]["content"] or ""  # null where the model refused, or only reasoned
-            return Reply(str(text), str(choice.get("finish_reason") or ""), str(content.get("model") or "")), ""
+            return read(content), ""
         except (KeyError, IndexError, TypeError, AttributeError):
-            return None, f"HTTP 200 with no chat completion in it: {_message(content, response.text)}"
+            return None, f"HTTP 200 with no completion in it: {_message(content, response.text)}"
     return None, f"HTTP {response.status_code}: {_message(content, response.text)}"
+
+
+def _reply(content: Any) -> Reply:
+    choice = content["choices"][0]
+    text = choice["message"]["content"] or ""  # null where the model refused, or only reasoned
+    return Reply(str(text), str(choice.get("finish_reason") or ""), str(content.get("model") or ""))
 
 
 def _message(content: Any, text: str) -> str:
