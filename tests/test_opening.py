@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from heatbath import samples
 from heatbath.errors import HeatbathError, RecipeError, RunError
 from heatbath.opening import Opening, open_run
 from heatbath.recipe import changes, parse
@@ -52,7 +53,7 @@ def snapshot(folder: Path) -> dict:
 
 
 def policies(folder: Path) -> list[str]:
-    return [json.loads(line)["policy"] for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [row["policy"] for row in samples.read(folder / "samples.jsonl.gz")]
 
 
 @pytest.mark.parametrize("stages", [ALL, ("sft",), ("rl",)])

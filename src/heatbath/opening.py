@@ -31,6 +31,13 @@ FREE = (
     "eval.k",
     "eval.samples",
     "eval.batch",
+    "eval.tasks",
+    "eval.problems",
+    "eval.data_dir",
+    "eval.engine",
+    "eval.endpoint",
+    "eval.served",
+    "eval.judge",
     "reward.workers",
 )
 # The stages whose result a key changes, by its table; every other key changes all of them.
@@ -170,7 +177,7 @@ def _require_allowed_changes(run: Run, how: Opening, redone: tuple[str, ...]) ->
 
 
 def _readers(key: str) -> tuple[str, ...]:
-    return () if key in FREE else READ_BY.get(key.partition(".")[0], STAGES)
+    return () if key in FREE or key.startswith(tuple(f"{free}." for free in FREE)) else READ_BY.get(key.partition(".")[0], STAGES)
 
 
 def _accept(run: Run, changed: dict[str, tuple[Any, Any]], say: Callable[[str], None]) -> None:

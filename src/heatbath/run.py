@@ -1,5 +1,5 @@
-"""A run is a folder: recipe.toml, env.json, metrics.jsonl, surprise.json, readiness.json, samples.jsonl, results.json,
-checkpoints/, report.html.
+"""A run is a folder: recipe.toml, env.json, metrics.jsonl, surprise.json, readiness.json, samples.jsonl.gz,
+results.json, checkpoints/, report.html.
 
 Every stage goes on from it: a finished one is kept, an unfinished one continues from its last complete checkpoint.
 """
@@ -24,6 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from heatbath import recipe as recipes
+from heatbath import samples
 from heatbath.errors import RecipeError, RunError
 from heatbath.recipe import Recipe
 
@@ -31,6 +32,8 @@ from heatbath.recipe import Recipe
 CHECKPOINTS = {"pretrain": "base", "sft": "init", "preference": "final", "rl": "final"}
 STAGES = (*CHECKPOINTS, "eval")
 COMPLETE = "complete"  # the mark of a checkpoint whose every file is on the disk
+SAMPLES = ("samples.jsonl.gz", "samples.jsonl")  # the latter in runs of earlier versions
+OWN_TEST = "test"  # the task that the run's own test problems are
 RESULTS = ("results.json", "report.html", "report.md", "report.json")
 VERSIONED = ("heatbath", "torch", "transformers", "trl", "datasets", "accelerate", "peft", "math-verify", "numpy")
 
@@ -146,7 +149,7 @@ class Run:
     def begun(self, stage: str) -> bool:
         """Whether a stage has left anything: a log row, a checkpoint, a sample, or its end."""
         if stage == "eval":
-            return (self.folder / "samples.jsonl").exists() or self.finished(stage)
+            return any((self.folder / name).exists() for name in SAMPLES) or self.finished(stage)
         measured = {"sft": "surprise.json", "rl": "readiness.json"}.get(stage)
         profiled = measured is not None and (self.folder / measured).exists()
         return profiled or self.finished(stage) or self.working(stage).exists() or bool(self.metrics(stage))
@@ -156,14 +159,21 @@ class Run:
         for name in RESULTS:
             (self.folder / name).unlink(missing_ok=True)
         if stage == "eval":
-            (self.folder / "samples.jsonl").unlink(missing_ok=True)
+            for name in (*SAMPLES, "sampling.json", "judgments.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "judgments", ignore_errors=True)
             return
+        (self.folder / "shift.json").unlink(missing_ok=True)
         policy = self.checkpoint(CHECKPOINTS[stage])
         doomed = policy.with_name(f".{policy.name}.removed")
         shutil.rmtree(doomed, ignore_errors=True)
         if policy.exists():  # away in one step, and first: a kill leaves neither half a policy nor one without its log
             policy.rename(doomed)
-        self._keep_rows("samples.jsonl", lambda row: row["policy"] != policy.name)
+        if others := [row for row in self.samples() if row["policy"] != policy.name]:
+            self.replace_samples(others)
+        else:
+            for name in SAMPLES:
+                (self.folder / name).unlink(missing_ok=True)
         self._keep_rows("metrics.jsonl", lambda row: row["stage"] != stage)
         if stage == "sft":
             (self.folder / "surprise.json").unlink(missing_ok=True)
@@ -227,17 +237,20 @@ class Run:
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         return [row for row in read_jsonl(self.folder / "metrics.jsonl") if row["stage"] == stage]
 
-    def samples(self, policy: str | None = None) -> list[dict[str, Any]]:
-        """The samples of a policy, or all there are, in the order in which they were drawn."""
-        return [row for row in read_jsonl(self.folder / "samples.jsonl") if policy in (None, row["policy"])]
+    def samples(self, policy: str | None = None, task: str | None = None) -> list[dict[str, Any]]:
+        """The samples of a policy and a task ("test": the run's own problems), or all there are, in the order in which
+        they were drawn."""
+        kept, former = (self.folder / name for name in SAMPLES)
+        rows = [{"task": OWN_TEST} | row for row in read_jsonl(former)] + samples.read(kept)
+        return [row for row in rows if policy in (None, row["policy"]) and task in (None, row["task"])]
 
     def add_samples(self, rows: list[dict[str, Any]]) -> None:
-        append_jsonl(self.folder / "samples.jsonl", rows)
+        """Adds a batch; a kill leaves all of it or nothing."""
+        samples.add(self.folder / SAMPLES[0], rows)
 
     def replace_samples(self, rows: list[dict[str, Any]]) -> None:
-        write_atomically(
-            self.folder / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        )
+        samples.replace(self.folder / SAMPLES[0], rows)
+        (self.folder / SAMPLES[1]).unlink(missing_ok=True)
 
     def _keep_rows(self, name: str, wanted: Callable[[dict[str, Any]], bool]) -> None:
         rows = read_jsonl(self.folder / name)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from jinja2 import Environment
 
-from heatbath.stages.evaluate import summarise
+from heatbath import samples
+from heatbath.stages.scoring import correct, summarise
 from mistakes import call
 
 RECIPE = """
@@ -61,7 +62,7 @@ def finished(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_the_run_is_the_folder_that_was_promised(finished: Path) -> None:
-    for name in ("recipe.toml", "env.json", "metrics.jsonl", "surprise.json", "samples.jsonl", "results.json"):
+    for name in ("recipe.toml", "env.json", "metrics.jsonl", "surprise.json", "samples.jsonl.gz", "results.json"):
         assert (finished / name).stat().st_size > 0
     for name in ("report.html", "report.md", "report.json"):
         assert (finished / name).stat().st_size > 0
@@ -72,11 +73,17 @@ def test_the_run_is_the_folder_that_was_promised(finished: Path) -> None:
 
 
 def test_results_can_be_computed_again_from_the_samples(finished: Path) -> None:
-    rows = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    rows = samples.read(finished / "samples.jsonl.gz")
     assert len(rows) == 3 * 5 * 4
-    assert {"completion", "answer", "status", "rule", "finished", "gold", "problem"} <= set(rows[0])
+    assert {"completion", "answer", "status", "rule", "finish", "gold", "problem", "ids", "seed", "task"} <= set(
+        rows[0]
+    )
+    assert len({(r["policy"], r["problem"], r["seed"]) for r in rows}) == len(rows)
+    assert all(r["tokens"] == len(r["ids"]) and (r["finish"] == "length") != r["finished"] for r in rows)
     by_policy = {p: [r for r in rows if r["policy"] == p] for p in ("base", "init", "final")}
-    assert summarise(by_policy, [1, 4]) == json.loads((finished / "results.json").read_text())
+    again = summarise(by_policy, [1, 4])
+    correct(again["differences"])
+    assert again | {"tasks": {}} == json.loads((finished / "results.json").read_text())
     for policy, samples in by_policy.items():
         mean = sum(r["status"] == "right" for r in samples) / len(samples)
         found = json.loads((finished / "results.json").read_text())["policies"][policy]
@@ -112,33 +119,36 @@ def test_dry_run_counts_what_the_run_then_does(finished: Path) -> None:
     metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert plan["sft"]["steps"] == max(r["step"] for r in metrics if r["stage"] == "sft")
     assert plan["rl"]["steps"] == max(r["step"] for r in metrics if r["stage"] == "rl")
-    assert plan["eval"]["samples"] == len((finished / "samples.jsonl").read_text().splitlines())
+    assert plan["eval"]["samples"] == len(samples.read(finished / "samples.jsonl.gz"))
     assert plan["sft"]["ends_with_eos"] == plan["rows"]["demos"] == 16 and plan["sft"]["truncated"] == 0
 
 
 def test_model_output_is_escaped_in_the_report(finished: Path) -> None:
     environment = Environment(autoescape=True)
     page = (finished / "report.html").read_text()
-    rows = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    rows = samples.read(finished / "samples.jsonl.gz")
     hostile = [r["completion"] for r in rows if "<" in r["completion"]]
     for text in hostile:
         if text in page:
             assert text == environment.from_string("{{ t }}").render(t=text)
 
 
-def test_an_evaluation_killed_in_the_middle_goes_on_with_what_is_missing(finished: Path) -> None:
-    samples = finished / "samples.jsonl"
-    whole = samples.read_text()
+def test_an_evaluation_cut_off_in_the_middle_ends_as_if_it_had_not_been(finished: Path) -> None:
+    """Every draw depends on its problem and number alone: what was lost is drawn again as it was."""
+    path = finished / "samples.jsonl.gz"
+    whole, rows = path.read_bytes(), samples.read(path)
     try:
-        cut = whole.splitlines(keepends=True)[:27]  # all of base, a part of init, half a line
-        samples.write_text("".join(cut)[:-9])
+        samples.replace(path, [])
+        for first in range(0, 27, 9):  # all of base, a part of init, and a batch cut off
+            samples.add(path, rows[first : first + 9])
+        path.write_bytes(path.read_bytes()[:-9])
+        assert samples.read(path) == rows[:18]
         done = heatbath("eval", "runs/small", "--json", cwd=finished.parents[1])  # the run's own recipe
         assert done.returncode == 0, done.stderr
-        rows = samples.read_text().splitlines(keepends=True)
-        assert rows[:26] == cut[:26] and len(rows) == 60
-        counts = {}
-        for row in map(json.loads, rows):
-            counts[row["policy"], row["problem"]] = counts.get((row["policy"], row["problem"]), 0) + 1
-        assert len(counts) == 15 and set(counts.values()) == {4}
+        again = samples.read(path)
+        assert again[:18] == rows[:18] and len(again) == 60
+        key = lambda row: (row["policy"], row["problem"], row["seed"])  # noqa: E731
+        untimed = [{k: v for k, v in row.items() if k != "seconds"} for row in sorted(again, key=key)]
+        assert untimed == [{k: v for k, v in row.items() if k != "seconds"} for row in sorted(rows, key=key)]
     finally:
-        samples.write_text(whole)
+        path.write_bytes(whole)

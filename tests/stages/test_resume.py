@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from heatbath import samples as kept
 from heatbath.opening import Opening, open_run
 from heatbath.progress import Progress
 from heatbath.recipe import Recipe, load, parse
@@ -144,7 +145,7 @@ def test_more_samples_are_added_and_all_can_be_scored_again(whole: Path) -> None
     after = samples(folder)
     assert after[: len(before)] == before and len(after) == len(before) * 5 // 4
     spoiled = [{**row, "status": "wrong", "score": 0.0} for row in after]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in spoiled))
+    opened.replace_samples(spoiled)
     results = rescore(opened, more, Progress(quiet=True))
     again = samples(folder)
     kept = ("completion", "status", "score", "answer", "rule")
@@ -154,7 +155,7 @@ def test_more_samples_are_added_and_all_can_be_scored_again(whole: Path) -> None
 
 
 def samples(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return kept.read(folder / "samples.jsonl.gz")
 
 
 class Died(BaseException):

@@ -1,43 +1,57 @@
-"""Evaluation: samples of every test problem from every policy of the run, graded, with intervals.
+"""Evaluation: samples of every problem from every policy of the run, graded, with intervals.
 
-Each sample is kept in samples.jsonl with its verdict; results.json holds the estimates and the paired differences.
+Each sample is kept in samples.jsonl.gz with its verdict; results.json holds the estimates and the paired differences.
 """
 
 from __future__ import annotations
 
-import gc
-import itertools
-import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from heatbath import models
-from heatbath.data import rendering, sources
+from heatbath.data import sources
 from heatbath.data.rows import Row
-from heatbath.engines import local
+from heatbath.engines.sampling import Completion, Sampler, open_sampler, seed_of
 from heatbath.errors import RunError
-from heatbath.ideas.passk import Estimate, mean_with_interval, paired_difference, pass_at_k
 from heatbath.progress import Progress
 from heatbath.recipe import Recipe
-from heatbath.run import Run
-from heatbath.stages.rewards import grader_of
+from heatbath.run import OWN_TEST, Run
+from heatbath.stages import judged, scoring
+from heatbath.stages.exams import Exam, exams
 from heatbath.verify.graders import Grader, as_gold
-from heatbath.verify.verdict import JUDGED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+JUDGE = "judge"  # the kind of tasks that a judge model rates
+SAMPLING = "sampling.json"  # by task, the conditions that its samples were drawn under
 
 
 def run_evaluation(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Samples what is still missing of the run's policies, grades it, and returns the content of results.json."""
     splits = sources.load(recipe.data, recipe.seed)
     sources.require(splits, recipe, ("eval",))
-    with grader_of(recipe.reward) as grader:
-        for policy in run.policies:
-            if (policy == "base" and recipe.model is not None) or run.checkpoint(policy).is_dir():
-                sample_policy(run, recipe, policy, splits.test, grader, progress)
-    return _write_results(run, recipe)
+    asked = exams(recipe, splits)
+    judged.require_judge(recipe, asked)
+    for exam in asked:
+        _require_same_conditions(run, exam)
+    policies = evaluated(run, recipe)
+    for policy in policies:
+        sample_policy(run, recipe, policy, asked, progress)
+    for exam in asked:
+        for policy in policies if exam.kind == JUDGE else ():
+            judged.judge_answers(run, recipe, exam, policy, progress)
+    return write_results(run, recipe, asked)
+
+
+def evaluated(run: Run, recipe: Recipe) -> list[str]:
+    """The policies that are there to be sampled: trained ones, and those that a server has."""
+    if recipe.eval.engine == "api":
+        return [policy for policy in run.policies if policy in recipe.eval.served]
+    return [p for p in run.policies if (p == "base" and recipe.model is not None) or run.checkpoint(p).is_dir()]
 
 
 def rescore(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
@@ -45,142 +59,176 @@ def rescore(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     content of results.json. Raises RunError when there are none."""
     rows = run.samples()
     if not rows:
-        raise RunError("the run has no samples to grade", str(run.folder / "samples.jsonl"), "run the eval stage first")
-    with grader_of(recipe.reward) as grader:
-        golds = _golds(rows, recipe)
-        verdicts = grader.grade([row["completion"] for row in rows], golds)
-    new = [row | {"score": v.score, **asdict(v)} for row, v in zip(rows, verdicts, strict=True)]
-    changed = sum(old["status"] != row["status"] for old, row in zip(rows, new, strict=True))
-    run.replace_samples(new)
-    progress.say(f"graded {len(new):,} samples again: {changed} verdicts changed")
-    return _write_results(run, recipe)
+        raise RunError("the run has no samples to grade", str(run.folder), "run the eval stage first")
+    asked = [exam for exam in exams(recipe, sources.load(recipe.data, recipe.seed)) if exam.kind != JUDGE]
+    graded: dict[int, dict[str, Any]] = {}
+    for exam in asked:
+        own = [i for i, row in enumerate(rows) if row["task"] == exam.name]
+        with exam.grader(recipe) as grader:
+            verdicts = grader.grade([rows[i]["completion"] for i in own], _golds([rows[i] for i in own], exam))
+        graded |= {i: rows[i] | asdict(v) | {"score": v.score} for i, v in zip(own, verdicts, strict=True)}
+    changed = sum(rows[i]["status"] != row["status"] for i, row in graded.items())
+    run.replace_samples([graded.get(i, row) for i, row in enumerate(rows)])
+    progress.say(f"graded {len(graded):,} samples again: {changed} verdicts changed")
+    return write_results(run, recipe, exams(recipe, sources.load(recipe.data, recipe.seed)))
 
 
-def _golds(samples: list[dict[str, Any]], recipe: Recipe) -> list[Any]:
+def _golds(samples: list[dict[str, Any]], exam: Exam) -> list[Any]:
     """The gold answer of each sample: its own, or for tests, which samples do not hold, that of the problem."""
-    kind = recipe.reward.kind
-    if kind != "code":
-        return [as_gold(kind, str(sample["gold"])) for sample in samples]
-    known = {row.id: as_gold(kind, str(row.answer)) for row in sources.load(recipe.data, recipe.seed).test}
+    if exam.kind != "code":
+        return [as_gold(exam.kind, str(sample["gold"])) for sample in samples]
+    known = {row.id: as_gold(exam.kind, str(row.answer)) for row in exam.rows}
     if lost := [sample["problem"] for sample in samples if sample["problem"] not in known]:
-        raise RunError(f"the data no longer has the problem {lost[0]}", "[data]", "grade with the run's own data")
+        raise RunError(f"the data no longer has the problem {lost[0]}", exam.name, "grade with the run's own data")
     return [known[sample["problem"]] for sample in samples]
 
 
-def _write_results(run: Run, recipe: Recipe) -> dict[str, Any]:
-    sampled = {policy: rows for policy in run.policies if (rows := run.samples(policy))}
-    results = summarise(sampled, recipe.eval.k)
-    run.write_json("results.json", results)
-    return results
+def write_results(run: Run, recipe: Recipe, asked: list[Exam]) -> dict[str, Any]:
+    """results.json of whatever samples the run has of these exams: its own problems' at the top, and under `tasks`
+    those of each task."""
+    found: dict[str, Any] = {"policies": {}, "differences": [], "tasks": {}}
+    for exam in asked:
+        if exam.kind == JUDGE:
+            scores = judged.results(run, recipe, exam)
+        else:
+            problems = {row.id for row in exam.rows}
+            rows = {policy: _of(run.samples(policy, exam.name), problems) for policy in run.policies}
+            sampled = {policy: own for policy, own in rows.items() if own}
+            scores = scoring.summarise(sampled, exam.k, votes=exam.kind != "code")
+        if exam.name == OWN_TEST:
+            found |= scores
+        elif scores["policies"]:
+            found["tasks"][exam.name] = {"version": exam.version, "kind": exam.kind, **scores}
+    scoring.correct([d for part in (found, *found["tasks"].values()) for d in part["differences"]])
+    run.write_json("results.json", found)
+    return found
 
 
-def sample_policy(run: Run, recipe: Recipe, policy: str, test: list[Row], grader: Grader, progress: Progress) -> None:
-    """Adds to the run's samples what is missing of `eval.samples` graded completions of every test problem.
+def _of(samples: list[dict[str, Any]], problems: set[str]) -> list[dict[str, Any]]:
+    """The samples of these problems: an earlier evaluation may have asked more."""
+    return [row for row in samples if row["problem"] in problems]
+
+
+def sample_policy(run: Run, recipe: Recipe, policy: str, asked: list[Exam], progress: Progress) -> None:
+    """Adds to the run's samples what a policy lacks of the graded completions of these exams; its model is loaded only
+    if anything is missing.
 
     Each batch is kept as soon as it is graded: an interrupted evaluation goes on where it stopped.
     """
-    settings = recipe.eval
-    have = Counter(sample["problem"] for sample in run.samples(policy))
-    missing: list[Row] = []
-    for row in test:
-        there = min(have[row.id], settings.samples)
-        have[row.id] -= there
-        missing += [row] * (settings.samples - there)
-    if not missing:
+    lacking = [exam for exam in asked if (judged.missing if exam.kind == JUDGE else missing)(run, exam, policy)]
+    if not lacking:
         return
+    with _opened(run, recipe, policy) as (sampler, tokenizer):
+        for exam in lacking:
+            if exam.kind == JUDGE:
+                judged.sample_answers(run, exam, policy, sampler, tokenizer, recipe.seed, progress)
+                continue
+            with exam.grader(recipe) as grader:
+                _sample(run, recipe, exam, policy, sampler, tokenizer, grader, progress)
+
+
+def missing(run: Run, exam: Exam, policy: str) -> list[tuple[Row, int]]:
+    """The samples that are missing: the problem, and which of its samples it is."""
+    have = Counter(sample["problem"] for sample in run.samples(policy, exam.name))
+    wanted: Counter[str] = Counter()
+    lacking = []
+    for row in exam.rows:
+        for number in range(wanted[row.id], wanted[row.id] + exam.samples):
+            if number >= have[row.id]:
+                lacking.append((row, number))
+        wanted[row.id] += exam.samples
+    return lacking
+
+
+@contextmanager
+def _opened(run: Run, recipe: Recipe, policy: str) -> Iterator[tuple[Sampler, PreTrainedTokenizerBase]]:
+    """What samples the policy, and its tokenizer. Raises RunError where the base is no longer the run's."""
+    settings = recipe.eval
     name = run.model_of(policy)
     tokenizer = models.load_tokenizer(name, run.template_of(policy))
-    model = models.load_model(name, models.autocast_dtype(recipe.precision) or torch.float32)
-    if policy == "base":
-        run.require_same_base(models.fingerprint(model))
-    batches = local.sample(
-        model,
-        [rendering.prompt_ids(tokenizer, rendering.messages(row, recipe.data.system)) for row in missing],
-        temperature=settings.temperature,
-        max_new_tokens=settings.max_new_tokens,
-        eos_ids=local.eos_ids_of(model, tokenizer.eos_token_id),
-        pad_id=tokenizer.pad_token_id,
+    served = settings.served.get(policy) if settings.engine == "api" else None  # type: ignore[call-overload]
+    with open_sampler(
+        settings.engine,
+        name,
+        tokenizer,
+        precision=recipe.precision,
         batch=settings.batch,
-        seed=recipe.seed + len(test) * settings.samples - len(missing),  # a resumed draw must not repeat the first
-    )
+        endpoint=settings.endpoint,
+        served=served,
+    ) as sampler:
+        model = getattr(sampler, "model", None)
+        if policy == "base" and model is not None:
+            run.require_same_base(models.fingerprint(model))
+        yield sampler, tokenizer
+
+
+def _sample(
+    run: Run,
+    recipe: Recipe,
+    exam: Exam,
+    policy: str,
+    sampler: Sampler,
+    tokenizer: PreTrainedTokenizerBase,
+    grader: Grader,
+    progress: Progress,
+) -> None:
+    """Samples, grades and keeps what is missing of an exam.
+
+    A draw depends on its problem and number alone, so that neither what was there before nor the other problems of a
+    batch change it."""
+    lacking = missing(run, exam, policy)
+    prompts = [exam.prompt_ids(tokenizer, row) for row, _ in lacking]
+    seeds = [seed_of(recipe.seed, exam.name, row.id, number) for row, number in lacking]
     right = done = 0
-    with progress.bar(f"eval {policy}", len(missing)):
-        for batch in batches:
-            texts = tokenizer.batch_decode([c.ids for c in batch], skip_special_tokens=True)
-            problems = [missing[c.prompt] for c in batch]
-            verdicts = grader.grade(texts, [as_gold(recipe.reward.kind, str(row.answer)) for row in problems])
+    with progress.bar(f"eval {policy} {exam.name}" if exam.task else f"eval {policy}", len(lacking)):
+        for batch in sampler.sample(prompts, exam.sampling, seeds):
+            texts = [_text(tokenizer, completion) for completion in batch]
+            problems = [lacking[c.prompt][0] for c in batch]
+            verdicts = grader.grade(texts, [as_gold(exam.kind, str(row.answer)) for row in problems])  # type: ignore[arg-type]
             run.add_samples(
                 [
-                    {
-                        "policy": policy,
-                        "problem": row.id,
-                        "question": row.question,
-                        "gold": row.answer if recipe.reward.kind != "code" else None,  # tests may be megabytes
-                        "completion": text,
-                        "tokens": len(completion.ids),
-                        "finished": completion.finished,
-                        "score": verdict.score,
-                        **asdict(verdict),
-                    }
+                    {"task": exam.name, "policy": policy, "seed": seeds[completion.prompt]}
+                    | _kept(exam, row, completion, text)
+                    | {"score": verdict.score, **asdict(verdict)}
                     for row, completion, text, verdict in zip(problems, batch, texts, verdicts, strict=True)
                 ]
             )
             right, done = right + sum(v.status == "right" for v in verdicts), done + len(batch)
             progress.update(done, f"right {right / done:.2f}")
-    del model
-    gc.collect()
 
 
-def summarise(samples: dict[str, list[dict[str, Any]]], ks: list[int]) -> dict[str, Any]:
-    """pass@k of each policy with intervals over problems, and the paired differences between successive policies.
-
-    A sample the grader failed on counts as not right, and their number is reported: leaving them out would let a policy
-    gain by breaking the grader.
-    """
-    per_problem = {policy: _by_problem(rows) for policy, rows in samples.items()}
-    policies = {}
-    for policy, rows in samples.items():
-        n, right = per_problem[policy]
-        done = [r for r in rows if r["finished"]]
-        policies[policy] = {
-            "problems": len(n),
-            "samples": len(rows),
-            "pass": {str(k): _as_dict(mean_with_interval(pass_at_k(right, n, k), bounds=(0.0, 1.0))) for k in ks},
-            "truncated_share": 1 - len(done) / len(rows),
-            "right_of_finished": float(np.mean([r["status"] == "right" for r in done])) if done else None,
-            "mean_tokens": float(np.mean([r["tokens"] for r in rows])),
-            "verdicts": dict(Counter(r["status"] for r in rows)),
-            "grader_failures": sum(r["status"] not in JUDGED for r in rows),
-        }
-    return {"policies": policies, "differences": _differences(per_problem, ks)}
+def _text(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
+    if completion.text is not None:
+        return completion.text
+    text: str = tokenizer.decode(completion.ids, skip_special_tokens=True)
+    return text
 
 
-def _differences(per_problem: dict[str, tuple[Any, Any]], ks: list[int]) -> list[dict[str, Any]]:
-    names = list(per_problem)
-    pairs = list(itertools.pairwise(names))
-    if len(names) == 3:
-        pairs.append((names[0], names[2]))
-    return [
-        {
-            "from": a,
-            "to": b,
-            "k": k,
-            **_as_dict(paired_difference(*(pass_at_k(per_problem[p][1], per_problem[p][0], k) for p in (a, b)))),
-        }
-        for a, b in pairs
-        for k in ks
-    ]
+def _kept(exam: Exam, row: Row, completion: Completion, text: str) -> dict[str, Any]:
+    """What is kept of a completion beside its verdict."""
+    kept = {
+        "problem": row.id,
+        "question": row.question,
+        "gold": row.answer if exam.kind != "code" else None,  # tests may be megabytes
+        "completion": text,
+        "ids": completion.ids,
+        "tokens": len(completion.ids),
+        "finish": completion.finish,
+        "finished": completion.finished,
+    }
+    return kept | ({"retokenised": True} if completion.retokenised else {})
 
 
-def _by_problem(rows: list[dict[str, Any]]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Samples and right samples of each problem, in order of problem id."""
-    n = Counter(r["problem"] for r in rows)
-    right = Counter(r["problem"] for r in rows if r["status"] == "right")
-    problems = sorted(n)
-    return np.array([n[p] for p in problems]), np.array([right[p] for p in problems])
-
-
-def _as_dict(estimate: Estimate) -> dict[str, float | None]:
-    """Mean and bounds; a bound that does not exist (a single problem) is None, since JSON has no NaN."""
-    bounds = {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
-    return {k: None if math.isnan(v) else v for k, v in bounds.items()}
+def _require_same_conditions(run: Run, exam: Exam) -> None:
+    """Raises RunError where samples of the task are there that were drawn under other conditions."""
+    known = run.read_json(SAMPLING) or {}
+    now = exam.conditions
+    before = known.setdefault(exam.name, now)
+    if before != now and any(run.samples(task=exam.name)):
+        changed = ", ".join(f"{key} {before.get(key)} → {now[key]}" for key in now if before.get(key) != now[key])
+        raise RunError(
+            f"the samples of {exam.name} were drawn under other conditions: {changed}",
+            str(run.folder / SAMPLING),
+            "heatbath eval … --fresh samples everything anew, or take another --out",
+        )
+    run.write_json(SAMPLING, known | {exam.name: now})

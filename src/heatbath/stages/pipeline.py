@@ -69,7 +69,7 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
     or written. Returns what it read. Raises RecipeError, DataError or RunError."""
     from heatbath import models
     from heatbath.data import checks, sources
-    from heatbath.stages.rewards import grader_of, require_rewards
+    from heatbath.stages.rewards import grader_of, require_rewards, require_sandbox
 
     splits = sources.load(recipe.data, recipe.seed)
     sources.require(splits, recipe, stages)
@@ -100,6 +100,14 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
             rows = getattr(splits, split)
             checks.require_askable(tokenizer, rows, recipe, split)
             checks.require_gold(grader, rows, split, recipe.reward.kind)
+    if "eval" in stages and recipe.eval.tasks:
+        from heatbath.stages import judged
+        from heatbath.stages.exams import exams
+
+        examined = exams(recipe, splits)
+        judged.require_judge(recipe, examined)
+        if any(exam.kind == "code" for exam in examined):
+            require_sandbox(recipe.reward.isolation)
     _check_settings(recipe, stages)
     if recipe.model is not None and recipe.model != models.TINY:
         checks.require_vocabulary(tokenizer, models.load_config(recipe.model))

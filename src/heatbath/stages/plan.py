@@ -16,6 +16,7 @@ from heatbath.errors import HeatbathError
 from heatbath.opening import Opening, open_run
 from heatbath.recipe import Recipe
 from heatbath.stages import memory, pipeline, rl, sft
+from heatbath.stages.exams import exams
 
 
 def plan(recipe: Recipe, stages: tuple[str, ...], command: list[str]) -> dict[str, Any]:
@@ -46,12 +47,7 @@ def plan(recipe: Recipe, stages: tuple[str, ...], command: list[str]) -> dict[st
     if "rl" in stages or "eval" in stages:
         out["reward"] = _reward(recipe)
     if "eval" in stages:
-        policies = 1 + sum(stage is not None for stage in (recipe.sft, recipe.preference, recipe.rl))
-        out["eval"] = {
-            "policies": policies,
-            "problems": len(splits.test),
-            "samples": policies * len(splits.test) * recipe.eval.samples,
-        }
+        out["eval"] = _eval(recipe, splits)
     prompts = [rendering.prompt_ids(tokenizer, rendering.messages(r, recipe.data.system)) for r in splits.prompts]
     longest_prompt, longest_preference = max(map(len, prompts), default=0), out.get("preference", {}).get("longest", 0)
     estimated = memory.estimate(recipe, longest, longest_prompt, longest_preference)
@@ -105,6 +101,17 @@ def _preference(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBa
         "longest": max(row.longest for row in rows),
         "truncated": sum(row.truncated for row in rows),
         "notes": list(notes),
+    }
+
+
+def _eval(recipe: Recipe, splits: Splits) -> dict[str, Any]:
+    policies = 1 + sum(stage is not None for stage in (recipe.sft, recipe.preference, recipe.rl))
+    asked = exams(recipe, splits)
+    return {
+        "policies": policies,
+        "problems": len(splits.test),
+        "samples": policies * sum(len(exam.rows) * exam.samples for exam in asked),
+        "tasks": {exam.name: [len(exam.rows), exam.samples] for exam in asked if exam.task is not None},
     }
 
 
@@ -163,6 +170,7 @@ def show(found: dict[str, Any]) -> str:
     if "eval" in found:
         e = found["eval"]
         lines.append(f"eval      {e['problems']:,} problems, {e['samples']:,} samples of {e['policies']} policies")
+        lines += [f"          {task}: {rows:,} problems × {samples}" for task, (rows, samples) in e["tasks"].items()]
     for stage, parts in found["memory"].items():
         total = sum(parts.values())
         listed = ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items())

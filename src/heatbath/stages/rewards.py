@@ -35,13 +35,7 @@ def require_rewards(recipe: Recipe) -> None:
     and stages of the user's own, the fields it needs. Raises RunError or RecipeError."""
     settings = recipe.reward
     if settings.kind == "code":
-        from heatbath.verify.sandbox import BUBBLEWRAP, LEVELS, available
-
-        if settings.isolation not in (None, *LEVELS):
-            levels = " or ".join(map(repr, LEVELS))
-            raise RecipeError(f"no isolation {settings.isolation!r}", "reward.isolation", f"{levels} (docs/code.md)")
-        if reason := available(settings.isolation or BUBBLEWRAP):
-            raise RunError(f"programs cannot be run: {reason}", "reward.isolation", "docs/code.md has the levels")
+        require_sandbox(settings.isolation)
     _require_fields(recipe)
     for stage in settings.stages:
         try:
@@ -55,6 +49,17 @@ def require_rewards(recipe: Recipe) -> None:
         from heatbath.models import load_config
 
         load_config(settings.model)
+
+
+def require_sandbox(isolation: str | None) -> None:
+    """Raises RecipeError for a level of isolation that does not exist, RunError for one that this machine has not."""
+    from heatbath.verify.sandbox import BUBBLEWRAP, LEVELS, available
+
+    if isolation not in (None, *LEVELS):
+        levels = " or ".join(map(repr, LEVELS))
+        raise RecipeError(f"no isolation {isolation!r}", "reward.isolation", f"{levels} (docs/code.md)")
+    if reason := available(isolation or BUBBLEWRAP):
+        raise RunError(f"programs cannot be run: {reason}", "reward.isolation", "docs/code.md has the levels")
 
 
 def _require_fields(recipe: Recipe) -> None:

@@ -1,0 +1,86 @@
+"""What an evaluation asks: the run's own test problems, and the tasks of `eval.tasks`, each with its grader and its
+sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from heatbath.data import rendering, tasks
+from heatbath.data.rows import Row, Splits
+from heatbath.engines.sampling import Sampling
+from heatbath.recipe import Recipe
+from heatbath.run import OWN_TEST
+from heatbath.sections import TaskEntry
+from heatbath.stages.rewards import grader_of
+from heatbath.verify.graders import Grader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Problems with everything that a sample of them depends on, and how many samples are wanted."""
+
+    name: str
+    version: int
+    kind: str
+    rows: list[Row]
+    system: str | None
+    samples: int
+    k: tuple[int, ...]
+    sampling: Sampling
+    task: tasks.Task | None = None
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What samples drawn before must share with new ones."""
+        s = self.sampling
+        return {
+            "version": self.version,
+            "temperature": s.temperature,
+            "top_p": s.top_p,
+            "max_new_tokens": s.max_new_tokens,
+        }
+
+    def grader(self, recipe: Recipe) -> Grader:
+        """Of the recipe's own problems the recipe's; of a task its own."""
+        reward = recipe.reward
+        if self.task is None:
+            return grader_of(reward)
+        isolation = reward.isolation if self.kind == "code" else None
+        return self.task.grader(workers=reward.workers, deadline=reward.deadline, isolation=isolation)
+
+    def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
+        """What a policy is asked."""
+        if self.task is not None:
+            return tasks.prompt_ids(self.task, tokenizer, row)
+        return rendering.prompt_ids(tokenizer, rendering.messages(row, self.system))
+
+
+def exams(recipe: Recipe, splits: Splits) -> list[Exam]:
+    """The exams of a recipe, its own first. Raises RecipeError or DataError for tasks that are not there."""
+    settings = recipe.eval
+    own = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens)
+    made = []
+    if splits.test:
+        kind, asked = recipe.reward.kind, (settings.samples, tuple(settings.k))
+        made.append(Exam(OWN_TEST, 1, kind, splits.test, recipe.data.system, *asked, own))
+    return made + [_of_task(tasks.find(entry.name), entry, recipe) for entry in settings.tasks]
+
+
+def _of_task(task: tasks.Task, entry: TaskEntry, recipe: Recipe) -> Exam:
+    """A task as the recipe's entry, else its own definition, else [eval] wants it sampled."""
+    settings = recipe.eval
+
+    def wanted(key: str) -> Any:
+        asked = getattr(entry, key), getattr(task.sampling, key), getattr(settings, key)
+        return next(value for value in asked if value is not None)
+
+    samples = wanted("samples")
+    # [eval] may ask for a k that a task of fewer samples cannot have; 1 is always there.
+    k = tuple(k for k in wanted("k") if k <= samples) or (1,)
+    rows = task.rows(settings.data_dir, entry.problems or settings.problems)
+    sampling = Sampling(wanted("temperature"), wanted("top_p"), wanted("max_new_tokens"))
+    return Exam(task.name, task.version, task.kind, rows, task.system, samples, k, sampling, task)
