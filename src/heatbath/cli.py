@@ -175,6 +175,46 @@ def surprise(
 
 
 @app.command()
+def shift(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN [RUN2]",
+            help="A run, two runs to be compared, or BASE INIT [FINAL] with --data; then key=value of split, problems, "
+            "tokens, layer, mean, pool, temperature, topk, max_length, vocabulary, dtype (docs/shift.md).",
+        ),
+    ],
+    data: Annotated[
+        str | None, typer.Option("--data", help="Recipe whose rows are read; default the run's own.")
+    ] = None,
+    on: Annotated[
+        str, typer.Option("--on", help="demos (held out), or samples:POLICY, what it answered in the run.")
+    ] = "demos",
+    out: Annotated[Path | None, typer.Option("--out", help="JSON file; default shift.json in the run.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what shift.json holds.")] = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """How far base, init and final are from each other: hidden states, KL, overlap of the likeliest tokens."""
+    from rich.console import Console
+
+    _settle_libraries(verbose)
+    keep_freed_memory()
+    from heatbath.progress import Progress
+    from heatbath.stages import shift as stage
+    from heatbath.stages import shift_summary
+    from heatbath.stages.shift_settings import named_and_set, parse
+
+    names, texts = named_and_set(models)
+    progress = Progress(quiet=json)
+    found = stage.run_shift(names, parse(texts, on), data=data, out=out, fresh=fresh, progress=progress)
+    if json:
+        typer.echo(jsonlib.dumps(found, ensure_ascii=False))
+    else:
+        shift_summary.show(found, Console(highlight=False))
+
+
+@app.command()
 def grade(
     source: Annotated[str, typer.Argument(metavar="IN.jsonl", help="Rows with response and gold; - reads stdin.")],
     kind: Annotated[str, typer.Option("--kind", help="math, code (field tests) or choice (field options).")] = "math",
@@ -217,11 +257,17 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="The recipe to copy.")] = None,
     to: Annotated[Path | None, typer.Argument(help="File or folder; default the working folder.")] = None,
     policies: Annotated[bool, typer.Option("--policies", help="List the RL policies and preference methods.")] = False,
+    tasks: Annotated[bool, typer.Option("--tasks", help="List the tasks that an evaluation may ask.")] = False,
     json: Json = False,
 ) -> None:
     """List the shipped recipes, or copy one to edit it."""
     from heatbath.recipe import copy, shipped
 
+    if tasks:
+        from heatbath.data import tasks as definitions
+
+        typer.echo(jsonlib.dumps(definitions.listed(), ensure_ascii=False) if json else definitions.shown())
+        return
     if policies:
         from heatbath.methods import listed, shown
 
@@ -271,7 +317,7 @@ def _stage(
     _settle_libraries(verbose)
     keep_freed_memory()
     loaded = load(recipe, overrides)
-    if Path(recipe).is_dir():
+    if (Path(recipe) / "recipe.toml").is_file():
         out = out or Path(recipe)
     from heatbath.progress import Progress
     from heatbath.run import Run

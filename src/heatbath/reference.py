@@ -143,6 +143,26 @@ def sequences(inputs: Mapping[str, Tensor], labels: Tensor) -> Iterator[tuple[li
         yield from held.values()
 
 
+def padded(
+    rows: Sequence[Rendered], *, pad_id: int, tokens: int = PASS_TOKENS, device: torch.device | None = None
+) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    """Rows of about the same length at a time, longest first: their numbers, and ids, mask and labels [B, T], padded on
+    the right; B·T ≤ `tokens`, or one row."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+    while order:
+        width = len(rows[order[0]].input_ids)
+        count = max(1, tokens // max(width, 1))
+        picked, order = order[:count], order[count:]
+        ids = torch.full((len(picked), width), pad_id)
+        labels = torch.full((len(picked), width), IGNORE)
+        mask = torch.zeros((len(picked), width), dtype=torch.long)
+        for k, i in enumerate(picked):
+            n = len(rows[i].input_ids)
+            ids[k, :n], labels[k, :n] = torch.tensor(rows[i].input_ids), torch.tensor(rows[i].labels)
+            mask[k, :n] = 1
+        yield picked, ids.to(device), mask.to(device), labels.to(device)
+
+
 def base_pass(
     base: FrozenBase,
     rows: Sequence[Rendered],
@@ -157,21 +177,9 @@ def base_pass(
     float64 model). Rows come in no particular order.
     """
     device = base.head.device
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
-    while order:
-        width = len(rows[order[0]].input_ids)
-        count = max(1, tokens // max(width, 1))
-        picked, order = order[:count], order[count:]
-        ids = torch.full((len(picked), width), pad_id)
-        labels = torch.full((len(picked), width), IGNORE)
-        mask = torch.zeros((len(picked), width), dtype=torch.long)
-        for k, i in enumerate(picked):
-            n = len(rows[i].input_ids)
-            ids[k, :n], labels[k, :n] = torch.tensor(rows[i].input_ids), torch.tensor(rows[i].labels)
-            mask[k, :n] = 1
-        labels = labels.to(device)
+    for picked, ids, mask, labels in padded(rows, pad_id=pad_id, tokens=tokens, device=device):
         with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            hidden = at_supervised(base.hidden(input_ids=ids.to(device), attention_mask=mask.to(device)), labels)
+            hidden = at_supervised(base.hidden(input_ids=ids, attention_mask=mask), labels)
             targets = labels[:, 1:]
             logp = label_logps(hidden, base.head, targets[targets != IGNORE], **base.transform)
         counts = (targets != IGNORE).sum(-1).tolist()
