@@ -1,4 +1,4 @@
-"""Findings are there where something happened, and not where nothing did: noise, a short run, a healthy run."""
+"""Findings about RL are there where something happened, and not where nothing did: noise, a short or healthy run."""
 
 from collections import Counter
 
@@ -8,16 +8,19 @@ import pytest
 from heatbath import recipe as recipes
 from heatbath.report.findings import LOOKS, Finding, Seen, find, unjudged
 
-NAMES = ["train–eval gap", "length without reward", "exploding gradient"]
+NAMES = ["nothing to learn", "train–eval gap", "length without reward", "exploding gradient"]
 
 
 def recipe(**rl) -> recipes.Recipe:
     return recipes.parse({"model": "m", "data": {"source": "arithmetic"}, "rl": rl})
 
 
-def rows(steps: int, reward, tokens=100.0, norm=0.3, held=None, every: int = 1) -> list[dict]:
+def rows(
+    steps: int, reward, tokens=100.0, norm=0.3, held=None, every: int = 1, informative=0.4, cut=0.02, right=0.4
+) -> list[dict]:
     """Rows as RL logs them; each argument a number or one for each step."""
-    columns = {"reward": reward, "completion_tokens": tokens, "grad_norm": norm}
+    columns = {"reward": reward, "completion_tokens": tokens, "grad_norm": norm, "verdict/right": right}
+    columns |= {"informative_share": informative, "truncated_share": cut}
     values = {name: np.broadcast_to(value, steps) for name, value in columns.items()}
     out = []
     for i in range(steps):
@@ -47,6 +50,8 @@ def simulated(draw: np.random.Generator, *, rise: float = 0.0, grow: float = 0.0
         norm=draw.choice([0.1, 1.0, 5.0]) * np.exp(draw.choice([0.3, 0.6, 0.9]) * noise()),
         held=draw.binomial(problems, 0.4, size=steps) / problems,
         every=every,
+        informative=draw.binomial(8, draw.choice([0.15, 0.3, 0.6]), size=steps) / 8,
+        cut=draw.beta(2, 60, size=steps),
     )
 
 
@@ -55,7 +60,8 @@ def simulated(draw: np.random.Generator, *, rise: float = 0.0, grow: float = 0.0
 )
 def test_false_findings_are_rare(rise: float, grow: float) -> None:
     draw = np.random.default_rng(5)
-    seen = Counter(f.name for _ in range(200) for f in find(Seen(recipe(), simulated(draw, rise=rise, grow=grow))))
+    made = recipe(prompts=8, update_prompts=8)
+    seen = Counter(f.name for _ in range(200) for f in find(Seen(made, simulated(draw, rise=rise, grow=grow))))
     assert all(count < 0.05 * 200 for count in seen.values()), seen
 
 
@@ -122,11 +128,52 @@ def test_steps_without_a_signal_are_no_scale() -> None:
 
 def test_short_runs_say_that_they_cannot_tell() -> None:
     short = rows(5, [0.1, 0.3, 0.5, 0.7, 0.9], tokens=[1, 2, 3, 4, 5], held=[0.9, 0.7, 0.5, 0.3, 0.1])
-    seen = Seen(recipe(), short)
+    seen = Seen(recipe(prompts=7, update_prompts=7), short)
     assert find(seen) == [] and [u.name for u in unjudged(seen)] == NAMES
-    assert unjudged(seen)[0].why == "it takes 6 held-out evaluations (rl.eval_every), the run has 5"
+    assert unjudged(seen)[0].why == "it takes 36 groups, the run has 35"
+    assert unjudged(seen)[1].why == "it takes 6 held-out evaluations (rl.eval_every), the run has 5"
     assert unjudged(Seen(recipe(), rows(60, 0.4)))[0].why.endswith("the run has 0")
     assert [u.name for u in unjudged(Seen(recipe(), rows(60, 0.4, held=0.5)))] == []
+
+
+def test_groups_without_a_signal() -> None:
+    draw = np.random.default_rng(10)
+    few, made = draw.binomial(32, 0.03, size=40) / 32, recipe(prompts=32, update_prompts=32)
+    (found,) = find(Seen(made, rows(40, 0.02, informative=few, right=0.02)))
+    assert found.name == "nothing to learn" and found.number == pytest.approx(1 - few.mean())
+    assert "of 1,280 groups" in found.says and "with 2% of the completions right" in found.says
+    assert found.remedy.startswith("easier prompts")
+    assert find(Seen(made, rows(40, 0.02, informative=0.15))) == []
+    half = np.where(np.arange(40) < 20, 0.5, few)  # solved in the first half
+    (found,) = find(Seen(made, rows(40, 0.9, informative=half, right=0.97)))
+    assert found.name == "nothing to learn" and "from step 21 to 40" in found.says
+    assert found.remedy.startswith("harder prompts")
+    assert find(Seen(made, rows(40, 0.9, informative=half[::-1]))) == []  # it found its feet
+
+
+def test_a_tenth_of_the_groups_is_seldom_taken_for_none() -> None:
+    draw, made = np.random.default_rng(11), recipe(prompts=6, update_prompts=6)
+    alarms = sum(
+        bool(find(Seen(made, rows(10, 0.1, informative=draw.binomial(6, 0.1, size=10) / 6)))) for _ in range(1000)
+    )
+    assert 0 < alarms <= 50  # the whole and the last half, each at 2.5 %
+
+
+@pytest.mark.parametrize("policy", ["luffy", "implicit"])
+def test_policies_that_learn_from_such_groups_or_from_demonstrations_are_not_judged(policy: str) -> None:
+    seen = Seen(recipe(policy=policy), rows(40, 0.0, informative=0.0, right=0.0))
+    learns = "nothing to learn" not in {u.name for u in unjudged(seen)}
+    assert learns == (policy == "implicit") and ("nothing to learn" in {f.name for f in find(seen)}) == learns
+
+
+def test_completions_cut_in_rl() -> None:
+    late = np.where(np.arange(40) < 20, 0.0, 0.3)
+    (found,) = find(Seen(recipe(), rows(40, 0.4, cut=late)))
+    assert (found.name, found.number) == ("truncation", pytest.approx(0.3))
+    assert found.says == "cut at the limit: 30% in the last half of RL"
+    assert found.remedy.startswith("raise rl.max_new_tokens;")
+    assert find(Seen(recipe(), rows(40, 0.4, cut=late[::-1]))) == []
+    assert find(Seen(recipe(), rows(40, 0.4, cut=0.09))) == []
 
 
 def test_a_run_without_rl_has_none() -> None:
