@@ -241,7 +241,7 @@ class Run:
         """The samples of a policy and a task ("test": the run's own problems), or all there are, in the order in which
         they were drawn."""
         kept, former = (self.folder / name for name in SAMPLES)
-        rows = [{"task": OWN_TEST} | row for row in read_jsonl(former)] + samples.read(kept)
+        rows = [{"task": OWN_TEST} | row for row in [*read_jsonl(former), *samples.read(kept)]]
         return [row for row in rows if policy in (None, row["policy"]) and task in (None, row["task"])]
 
     def add_samples(self, rows: list[dict[str, Any]]) -> None:

@@ -132,7 +132,7 @@ def test_a_problem_without_a_solution_is_no_demonstration(work: Path, monkeypatc
     rows = [Row("1 + 1?", "2", "2"), Row("1 + 2?", None, "3"), Row("1 + 1?", "it is 2", "2")]
     monkeypatch.setattr(shift_rows.sources, "load", lambda *_: Splits([], [], [], rows))
     recipe = Run.read(work / "runs" / "gift").recipe
-    found = shift_rows.demonstrations(recipe, small_tokenizer(), Settings(split="test", problems=1), "x")
+    found = shift_rows.demonstrations(recipe, small_tokenizer(), Settings(split="test", problems=2), "x")
     assert found.problems == [rows[0].id, rows[2].id] and found.report()["problems"] == 1
 
 
@@ -195,6 +195,8 @@ def test_what_is_there_is_kept(runs: Path, monkeypatch: pytest.MonkeyPatch) -> N
         said, anew = again(f"{asked} {other}")
         assert anew == 1 and "which this one replaces" in said
     (runs / "fewer.toml").write_text((runs / "small.toml").read_text().replace("validation = 5", "validation = 4"))
+    assert again(asked)[1] == 1
+    (sft / "shift.json").write_text(json.dumps({"format": 0}))  # of another version
     assert again(asked)[1] == 1
     assert again(f"{asked} --data fewer.toml")[1] == 1 and read_shift(sft)["data"]["sequences"] == 4
 
@@ -260,8 +262,6 @@ def test_two_runs_side_by_side(work: Path) -> None:
         ours, theirs = ((run["transitions"][0][key][k] if k else run["transitions"][0][key]) for run in (one, two))
         assert found[name]["mean"] == pytest.approx(theirs["mean"] - ours["mean"], abs=1e-9)
     assert found["entropy_from"]["mean"] == found["entropy_from"]["high"] == 0  # the same base on the same tokens
-    code, said = call(work, "shift runs/gift runs/sft --on samples:final")
-    assert code == 2 and "base, init" in said  # the second run has no such policy
     again = {**one, "run": "x"}
     assert {d["mean"] for d in shift_summary.differences([again, again], Settings(topk=(1, 3, 10)))} == {0.0}
 
@@ -281,6 +281,14 @@ def test_differences_are_over_the_common_problems() -> None:
     wanted = paired_difference([1.0, 2.0, 4.0], [weighted[p] for p in "pqr"])
     assert (found["low"], found["high"]) == pytest.approx((wanted.low, wanted.high))
     assert shift_summary.differences([a, run(["z"], [1.0])], Settings()) == []
+    # a transition is found by its name, wherever it stands; what only one run has is left out
+    b["transitions"] = [{"from": "base", "to": "final"}]
+    assert shift_summary.differences([a, b], Settings()) == []
+    late = run(["p", "q", "r", "x"], [5.0, 6.0, 7.0, 8.0])
+    a["transitions"].append({"from": "base", "to": "final"})
+    a["sequences"]["transitions"] += late["sequences"]["transitions"]
+    found = shift_summary.differences([a, b], Settings(mean="sequence"))
+    assert {(d["from"], d["to"]) for d in found} == {("base", "final")} and found[1]["mean"] == pytest.approx(4 - 6)
 
 
 def test_plain_models_and_an_adapter(runs: Path, small_base: Path) -> None:
@@ -349,7 +357,14 @@ def test_another_tokenizer_is_an_error(how: str, runs: Path) -> None:
         ("shift runs/gift --on samples:best", 2, "base, init, final"),
         ("shift runs/gift --on samples:init --data small.toml", 2, "samples of its own"),
         ("shift runs/sft --on samples:init", 1, "no samples of 'init'"),
-        ("shift runs/gift --out small.toml", 2, "no JSON"),
+        (
+            "shift runs/gift runs/sft --on samples:final",
+            1,
+            "no samples of 'final'",
+        ),  # in the second, which is read first
+        ("shift runs/gift --out small.toml", 2, "would be lost"),
+        ("shift runs/gift runs/sft --out runs/gift/env.json", 2, "would be lost"),
+        ("shift runs/gift --out runs", 2, "runs/shift.json"),
     ],
 )
 def test_mistakes_are_named(command: str, exit_code: int, says: str, work: Path) -> None:

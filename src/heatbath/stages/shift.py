@@ -85,7 +85,14 @@ def run_shift(
     unless `fresh`. Raises RecipeError, DataError or RunError.
     """
     subjects = subjects_of(names, data, out)
-    found = [shift_of(subject, settings, fresh=fresh, progress=progress) for subject in subjects]
+    for path in (out, *(subject.target for subject in subjects)):
+        if path is not None:
+            _require_writable(path)
+    read = [_read(subject, settings) for subject in subjects]  # of both, before anything is measured
+    found = [
+        _measured(subject, *rows, settings, fresh=fresh, progress=progress)
+        for subject, rows in zip(subjects, read, strict=True)
+    ]
     if len(found) == 1:
         return found[0]
     bases = [next(iter(one["models"].values()))["fingerprint"] for one in found]
@@ -142,10 +149,29 @@ def _of_run(folder: Path, rows: Recipe | None, data: str | None, out: Path | Non
     return Subject(str(folder), policies, rows or run.recipe, data or str(folder), out or folder / FILE, run)
 
 
-def shift_of(subject: Subject, settings: Settings, *, fresh: bool, progress: Progress) -> dict[str, Any]:
-    """The content of shift.json, written where the subject says. Raises RecipeError, DataError or RunError."""
+def _read(subject: Subject, settings: Settings) -> tuple[PreTrainedTokenizerBase, Sequences]:
+    """The tokenizer of all its policies, and what they read."""
     tokenizer = require_same_tokenizer(subject.policies)
-    sequences = _sequences(subject, tokenizer, settings)
+    if settings.on == "demos":
+        return tokenizer, shift_rows.demonstrations(subject.recipe, tokenizer, settings, subject.source)
+    if subject.run is None or subject.recipe is not subject.run.recipe:
+        raise RecipeError("only a run has samples of its own", "--on", "leave out --on or --data, or give a run")
+    if settings.policy not in subject.run.policies:
+        known = ", ".join(subject.run.policies)
+        raise RecipeError(f"the run has no policy '{settings.policy}'", "--on", f"samples:POLICY with one of {known}")
+    return tokenizer, shift_rows.samples(subject.run, subject.recipe, tokenizer, settings, subject.source)
+
+
+def _measured(
+    subject: Subject,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Sequences,
+    settings: Settings,
+    *,
+    fresh: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The content of shift.json, written where the subject says."""
     shelf = Shelf(subject.policies, getattr(torch, settings.dtype))
     known = {} if fresh else _known(subject, sequences, settings)
     if not known and subject.target is not None and subject.target.is_file():
@@ -337,15 +363,17 @@ def _tokenizer(policy: Policy) -> PreTrainedTokenizerBase:
     return models.load_tokenizer(policy.model if own else str(base), policy.template)
 
 
-def _sequences(subject: Subject, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Sequences:
-    if settings.on == "demos":
-        return shift_rows.demonstrations(subject.recipe, tokenizer, settings, subject.source)
-    if subject.run is None or subject.recipe is not subject.run.recipe:
-        raise RecipeError("only a run has samples of its own", "--on", "leave out --on or --data, or give a run")
-    if settings.policy not in subject.run.policies:
-        known = ", ".join(subject.run.policies)
-        raise RecipeError(f"the run has no policy '{settings.policy}'", "--on", f"samples:POLICY with one of {known}")
-    return shift_rows.samples(subject.run, subject.recipe, tokenizer, settings, subject.source)
+def _require_writable(out: Path) -> None:
+    """Raises RecipeError where a folder, or a file that is none of ours, would have to make room."""
+    if out.is_dir():
+        raise RecipeError("a folder, where a file is to be written", "--out", f"{out / FILE}")
+    if out.is_file():
+        try:
+            found = json.loads(out.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or "format" not in found:
+            raise RecipeError("the file holds no shift, and would be lost", str(out), "name another --out")
 
 
 def _known(subject: Subject, sequences: Sequences, settings: Settings) -> dict[tuple[str, str], dict[str, Any]]:
@@ -353,12 +381,9 @@ def _known(subject: Subject, sequences: Sequences, settings: Settings) -> dict[t
     models, as `measured_pair` gives it."""
     if subject.target is None or not subject.target.is_file():
         return {}
-    try:
-        found = json.loads(subject.target.read_text(encoding="utf-8"))
-    except ValueError:
-        raise RecipeError("the file is no JSON, and would be lost", str(subject.target), "name another --out") from None
+    found = json.loads(subject.target.read_text(encoding="utf-8"))
     asked = {key: value for key, value in settings.recorded().items() if key not in ONLY_CHOOSE}
-    if not isinstance(found, dict) or found.get("format") != FORMAT or "sequences" not in found:
+    if found.get("format") != FORMAT or "sequences" not in found:
         return {}
     same = all(found["options"].get(key) == value for key, value in asked.items())
     if not same or found["data"]["fingerprint"] != sequences.report()["fingerprint"]:
