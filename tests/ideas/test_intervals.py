@@ -9,6 +9,7 @@ from scipy import stats
 
 from heatbath.ideas import intervals
 from heatbath.ideas.intervals import (
+    Estimate,
     bootstrap_interval,
     difference,
     holm,
@@ -92,6 +93,8 @@ def test_an_interval_of_scores_stays_a_score_and_never_has_no_width() -> None:
         alike = f([value] * 100, bounds=(0.0, 1.0), groups=list(range(20)) * 5)  # 20 trials, not 100
         exact = stats.binomtest(int(value * 20), 20).proportion_ci(0.95, method="exact")
         assert (alike.low, alike.high) == pytest.approx((exact.low, exact.high))
+    mixed = [1.0] * 9 + [0.0] * 4
+    assert bootstrap_interval(mixed, bounds=(0.0, 1.0)) == bootstrap_interval(mixed)
     cut = mean_with_interval([0.0] * 9 + [1.0], bounds=(0.0, 1.0))
     assert cut.low == 0.0 and cut.high == pytest.approx(mean_with_interval([0.0] * 9 + [1.0]).high)
     rated = mean_with_interval([10.0] * 8, bounds=(1.0, 10.0))
@@ -247,6 +250,8 @@ def test_equal_values_drawn_together_are_the_same_bootstrap(monkeypatch: pytest.
     x = np.random.default_rng(14).binomial(2, 0.3, size=200) / 2
     together = bootstrap_interval(x)
     monkeypatch.setattr(intervals, "AT_ONCE", 1000)
+    drawn = intervals._resampled(np.ones((200, 2)), np.ones(200, dtype=np.int64), 12, np.random.default_rng(0))
+    assert drawn.tolist() == [[200.0, 200.0]] * 12  # in pieces of 5
     one_by_one = bootstrap_interval(x + 1e-9 * np.arange(200))
     assert (together.low, together.high) == pytest.approx((one_by_one.low, one_by_one.high), abs=0.005)
     assert bootstrap_interval(x + 1e-9 * np.arange(200), seed=1) != one_by_one and bootstrap_interval(x) == together
@@ -266,6 +271,23 @@ def test_the_bootstrap_of_groups_draws_groups() -> None:
     )
     assert found.high - found.low == pytest.approx(robust.high - robust.low, rel=0.1)
     assert found.high - found.low > 1.5 * (plain.high - plain.low)
+
+
+def test_the_bootstrap_of_groups_is_scipys_of_their_sums_and_sizes() -> None:
+    draw = np.random.default_rng(25)
+    group = np.repeat(np.arange(15), 1 + draw.geometric(0.1, size=15))  # sizes are lopsided, values are not
+    x = 10 + draw.normal(size=15)[group]
+    sums, sizes = (np.bincount(group, weights=w) for w in (x, np.ones(len(x))))
+    theirs = stats.bootstrap(
+        (sums, sizes),
+        lambda a, b, axis: a.sum(axis) / b.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=20_000,
+        rng=np.random.default_rng(21),
+    ).confidence_interval
+    found = bootstrap_interval(x, groups=group)
+    assert (found.low, found.high) == pytest.approx(tuple(theirs), abs=0.04 * (theirs.high - theirs.low))
 
 
 def test_a_statistic_that_does_not_exist_has_no_bounds() -> None:
@@ -296,3 +318,11 @@ def test_difference_of_independent_estimates_covers() -> None:
         assert gap.mean == pytest.approx(b.mean - a.mean)
         covered += gap.low <= 0.3 <= gap.high
     assert 0.93 < covered / 2000 < 0.98
+
+
+def test_the_difference_of_lopsided_intervals_takes_the_sides_that_face_each_other() -> None:
+    gap = difference(Estimate(0.1, 0.05, 0.3, 20), Estimate(0.4, 0.3, 0.45, 30))
+    assert (gap.mean, gap.questions) == (pytest.approx(0.3), 20)
+    assert gap.low == pytest.approx(0.3 - math.hypot(0.1, 0.2)) and gap.high == pytest.approx(
+        0.3 + math.hypot(0.05, 0.05)
+    )

@@ -110,10 +110,10 @@ def test_what_cannot_be_told_of_flatness_is_said() -> None:
 
 
 def test_only_problems_that_both_answered_are_compared() -> None:
-    seen = curves(ABILITIES, (ABILITIES > 0.4).astype(float))
+    seen = curves(ABILITIES, expit(6 * logit(ABILITIES) + 2))
     names, n, c = seen.right["init"]
     shuffled = np.random.default_rng(3).permutation(60)
-    extra = ([*"xyz", *np.array(names)[shuffled]], np.append([8] * 3, n), np.append([8] * 3, c[shuffled]))
+    extra = ([*"abcdefghij", *np.array(names)[shuffled]], np.append([8] * 10, n), np.append([8] * 10, c[shuffled]))
     other = Seen(WARM, right={"base": seen.right["base"], "init": extra})
     assert over_constrained(other).number == pytest.approx(over_constrained(seen).number)
 

@@ -84,8 +84,8 @@ def test_results_can_be_computed_again_from_the_samples(finished: Path) -> None:
     again = summarise(by_policy, [1, 4])
     correct(again["differences"])
     assert again | {"tasks": {}} == json.loads((finished / "results.json").read_text())
-    for policy, samples in by_policy.items():
-        mean = sum(r["status"] == "right" for r in samples) / len(samples)
+    for policy, drawn in by_policy.items():
+        mean = sum(r["status"] == "right" for r in drawn) / len(drawn)
         found = json.loads((finished / "results.json").read_text())["policies"][policy]
         assert found["pass"]["1"]["mean"] == pytest.approx(mean)
 

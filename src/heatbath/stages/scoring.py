@@ -98,7 +98,7 @@ def per_problem(rows: Samples) -> Counted:
 
 
 def _majorities(rows: Samples, ks: Sequence[int]) -> dict[str, Any]:
-    """maj@k; of one or two samples it is pass@1, and not repeated."""
+    """maj@k; of one sample it is pass@1, and not repeated."""
     answers: dict[str, list[str | None]] = {}
     right: dict[str, list[bool]] = {}
     for row in rows:
@@ -110,5 +110,5 @@ def _majorities(rows: Samples, ks: Sequence[int]) -> dict[str, Any]:
             majority_at_k([*answers.values()], [*right.values()], k), bounds=(0.0, 1.0)
         ).numbers()
         for k in ks
-        if k > 2
+        if k > 1
     }
