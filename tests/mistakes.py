@@ -474,6 +474,41 @@ SECTIONS: dict[str, list[Mistake]] = {
             files(demos(ROW | {"choices": 4}), data='fields = { options = "choices" }'),
         ),
     ],
+    "Tasks of an evaluation": [
+        recipe("A misspelt task", 'eval.tasks=["gsm8"]', "no task is called 'gsm8'", "did you mean 'gsm8k'"),
+        Mistake(
+            "A task's file with keys that are none",
+            'run r.toml eval.tasks=["mine.toml"] --dry-run',
+            ("2 mistakes", "fields.anser: unknown key, did you mean 'answer'?", "promt: unknown key", "mine.toml"),
+            {
+                "r.toml": RECIPE,
+                "mine.toml": 'name = "m"\nkind = "math"\nfile = "m.jsonl"\npromt = "?"\nfields = { anser = "a" }\n',
+            },
+        ),
+        recipe(
+            "A benchmark that is neither here nor on the hub",
+            'eval.tasks=["humaneval_plus"]',
+            "no file with the rows of 'humaneval_plus'",
+            "set eval.data_dir to a folder with humanevalplus/HumanEvalPlus.jsonl.gz",
+            "humanevalplus_release",
+        ),
+        Mistake(
+            "Part of a benchmark",
+            'run r.toml eval.tasks=["gsm8k"] eval.data_dir=. --dry-run',
+            ("'gsm8k' has 1,319 problems, but here are 1", "gsm8k/test.jsonl"),
+            {"r.toml": RECIPE, "gsm8k/test.jsonl": demos({"question": "1 + 1?", "answer": "#### 2"})},
+        ),
+        Mistake(
+            "MT-Bench without a judge",
+            'run r.toml eval.tasks=["mine.toml"] --dry-run',
+            ("nobody rates the answers of mine", "eval.judge"),
+            {
+                "r.toml": RECIPE.replace("samples = 2", "samples = 1"),
+                "mine.toml": 'name = "mine"\nkind = "judge"\nfile = "mine.jsonl"\n',
+                "mine.jsonl": demos({"question_id": 1, "category": "writing", "turns": ["Write.", "Again."]}),
+            },
+        ),
+    ],
 }
 MISTAKES = [mistake for section in SECTIONS.values() for mistake in section]
 
@@ -517,6 +552,7 @@ def message(mistake: Mistake, folder: Path, base: Path) -> tuple[int, str]:
     """Exit code, and the message as a user in that folder sees it."""
     (folder / "base").symlink_to(base)
     for name, text in mistake.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     if mistake.before is not None:
         mistake.before(folder)

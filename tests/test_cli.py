@@ -108,3 +108,18 @@ def test_one_command_lists_every_policy_and_preference_method(monkeypatch, capsy
     text = capsys.readouterr().out
     assert all(f"\n{row['name']} " in f"\n{text}" and row["source"] in text for row in rows)
     assert "std_floor = 0.1" in text and "clip_high = 0.28" in text
+
+
+def test_one_command_lists_every_task(monkeypatch, capsys) -> None:
+    """Generated from the definitions, and readable: one line for each with its licence."""
+    from heatbath.data.tasks import find
+
+    assert call(monkeypatch, "recipes", "--tasks", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) >= 14
+    for row in rows:
+        task = find(row["name"])
+        assert (row["kind"], row["problems"], row["licence"]) == (task.kind, task.problems, task.licence)
+    assert call(monkeypatch, "recipes", "--tasks") == 0
+    text = capsys.readouterr().out
+    assert all(f"\n{row['name']} " in text and row["licence"] in text for row in rows) and "lm_eval:TASK" in text

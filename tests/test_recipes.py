@@ -111,6 +111,14 @@ def test_missing_and_broken_files_are_told(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_a_folder_of_a_recipes_name_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smoke").mkdir()
+    assert load("smoke") == load(shipped()["smoke"])
+    (tmp_path / "smoke" / "recipe.toml").write_text('model = "mine"\n[data]\nsource = "arithmetic"\n')
+    assert load("smoke").model == "mine", "a run's own recipe"
+
+
 def test_recipes_travel_with_the_package() -> None:
     assert {p.stem for p in (Path(__file__).parents[1] / "recipes").glob("*.toml")} == set(recipes.shipped())
 

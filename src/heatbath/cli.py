@@ -242,12 +242,19 @@ def grade(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")], json: Json = False) -> None:
-    """Write report.html, report.md and report.json of a run."""
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The folder of a run, or of several.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The page; default report.html in the run, of n: report-n-runs.html.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write the page of a run, or one that compares several; Markdown and JSON lie beside it."""
     from heatbath.report.page import write_report
+    from heatbath.report.runs_page import write_comparison
     from heatbath.run import Run
 
-    written = write_report(Run.read(folder))
+    written = write_report(Run.read(folders[0]), out) if len(folders) == 1 else write_comparison(folders, out)
     typer.echo(jsonlib.dumps({k: str(v) for k, v in written.items()}) if json else written["html"])
 
 

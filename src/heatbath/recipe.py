@@ -80,10 +80,10 @@ def find(path: str | Path) -> Path:
     """The file itself, that of a run's folder, or the shipped recipe of that bare name."""
     if (Path(path) / "recipe.toml").is_file():
         return Path(path) / "recipe.toml"
-    if Path(path).exists():
-        return Path(path)
     recipes = shipped()
-    if str(path) in recipes:
+    if Path(path).is_file() or (Path(path).exists() and str(path) not in recipes):
+        return Path(path)
+    if str(path) in recipes:  # also beside a folder of that name
         return recipes[str(path)]
     near = difflib.get_close_matches(Path(path).stem, recipes, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"shipped recipes: {', '.join(recipes)}"

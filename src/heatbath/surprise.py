@@ -28,6 +28,8 @@ LEFT_TO_BASE = 0.02  # the share of tokens for which the profile suggests a β
 HARDLY, MUCH = 0.001, 0.05  # below, GIFT is SFT in all but name; above, the start may be neither base nor expert
 MOST_SURPRISING = 10  # tokens shown, each after so many others:
 CONTEXT = 16
+EXAMPLES, EXAMPLE_TOKENS = 2, 300  # demonstrations shown token by token, twice as many; of each at most so many tokens
+FLOOR = 1e-10  # below it a probability is none to the authors' code, which adds it inside the logarithm
 
 Nats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -76,13 +78,14 @@ def profile(
     betas: Sequence[float] = BETAS,
 ) -> dict[str, Any]:
     """The surprise histogram (1 nat per bin), shares of tokens by w at each β and under the run's own objective, the β
-    for which a share `LEFT_TO_BASE` of the tokens keeps w < 0.5, the same by kind of row, and the most surprising
-    tokens in context."""
+    for which a share `LEFT_TO_BASE` of the tokens keeps w < 0.5, the same by kind of row, the most surprising tokens
+    in context, and the first demonstrations token by token."""
     x = np.concatenate([*nats, np.zeros(0)])
     like = objective if isinstance(objective, Gift) else Gift(0.0)
     beta = like.beta if isinstance(objective, Gift) and isinstance(like.beta, float) else None
     counts, _ = np.histogram(np.minimum(x, HISTOGRAM_NATS - 1e-9), bins=HISTOGRAM_NATS, range=(0, HISTOGRAM_NATS))
     stats = _stats(nats, vocab_size)
+    own = _own_masses(objective, rows, nats, vocab_size)
 
     def at(beta: float) -> dict[str, float]:
         made = dataclasses.replace(like, beta=beta)
@@ -100,13 +103,15 @@ def profile(
         "mean": float(x.mean()),
         "quantiles": {str(q): float(np.quantile(x, q)) for q in (0.5, 0.9, 0.99, 0.999)},
         "max": float(x.max()),
+        "below_floor": _below_floor(dataclasses.replace(like, floor=0.0), stats),
         "histogram": counts.tolist(),
         "betas": [at(b) for b in sorted(every)],
-        "objective": _own_shares(objective, rows, nats, vocab_size),
+        "objective": None if own is None else _shares(*own),
         "kinds": {k: _kind(k, kinds, nats, like, beta, vocab_size) for k in by_kind},
         "suggested_beta": beta_for(LEFT_TO_BASE, nats, like, vocab_size),
         "suggested_share": LEFT_TO_BASE,
         "most_surprising": _most_surprising(rows, nats, tokenizer),
+        "examples": _examples(rows, nats, tokenizer, None if own is None else own[0]),
     }
 
 
@@ -168,10 +173,16 @@ def _shares(w: Tensor, keep: Tensor) -> dict[str, float]:
     }
 
 
-def _own_shares(
+def _below_floor(like: Gift, stats: TokenStats) -> float:
+    """Share of tokens whose probability under the base, smoothed, is below `FLOOR`."""
+    return float((like.smoothed(stats) < np.log(FLOOR)).double().mean())
+
+
+def _own_masses(
     objective: Objective, rows: Sequence[Rendered], nats: Sequence[Nats], vocab_size: int
-) -> dict[str, float] | None:
-    """The shares under the run's own objective, where it is one of the two GIFTs; of a schedule its smallest β."""
+) -> tuple[Tensor, Tensor] | None:
+    """w and keep of every token under the run's own objective, where it is one of the two GIFTs; of a schedule its
+    smallest β."""
     if not isinstance(objective, Gift | GiftSequence):
         return None
     goal = objective.most_cautious() if isinstance(objective, Gift) else objective
@@ -179,10 +190,10 @@ def _own_shares(
     columns = [token_columns(row) for row in rows]
     stats.columns |= {name: torch.cat([c[name] for c in columns]) for name in (columns[0] if columns else ())}
     if isinstance(goal, Gift):
-        return _shares(goal.target_mass(stats), goal.keep(stats))
+        return goal.target_mass(stats), goal.keep(stats)
     segments = torch.repeat_interleave(torch.arange(len(nats)), torch.tensor([len(n) for n in nats]))
     keep = stats.columns["sequence_weight"] = goal.sequence_weights(stats, segments)
-    return _shares(goal.target_mass(stats), keep)
+    return goal.target_mass(stats), keep
 
 
 def _kind(
@@ -199,6 +210,36 @@ def _kind(
 
 def _stats(nats: Sequence[Nats], vocab_size: int) -> TokenStats:
     return TokenStats(vocab_size=vocab_size, ref_logp=torch.from_numpy(-np.concatenate([*nats, np.zeros(0)])))
+
+
+def _examples(
+    rows: Sequence[Rendered], nats: Sequence[Nats], tokenizer: PreTrainedTokenizerBase, w: Tensor | None
+) -> list[dict[str, Any]]:
+    """The first demonstrations, and those that surprise most per token: the number of the row (from 1), and of each
+    token its text, of a supervised one also its surprise in nats, and w where the objective has one. `begins` and
+    `ends` say whether the row's beginning and end are shown."""
+    means = [float(costs.mean()) if costs.size else 0.0 for costs in nats]
+    surprising = sorted(range(len(means)), key=lambda i: (-means[i], i))
+    picked = list(dict.fromkeys([*range(min(EXAMPLES, len(rows))), *surprising[:EXAMPLES]]))
+    starts = np.concatenate([[0], np.cumsum([costs.size for costs in nats])]).astype(int)
+    shown = []
+    for r in picked:
+        row, costs = rows[r], nats[r]
+        mass = None if w is None else w[starts[r] : starts[r + 1]].tolist()
+        supervised = [i for i, label in enumerate(row.labels) if i and label != IGNORE]
+        number = {position: at for at, position in enumerate(supervised)}
+        first = max(0, (supervised[0] if supervised else 0) - 2 * CONTEXT)
+        last = min(first + EXAMPLE_TOKENS, len(row.input_ids))
+        tokens: list[list[Any]] = []
+        for position in range(first, last):
+            text = tokenizer.decode([row.input_ids[position]])
+            if "\ufffd" in text:  # a piece of a character: the tokenizer's own name for it says more
+                text = str(tokenizer.convert_ids_to_tokens(row.input_ids[position]))
+            at = number.get(position)
+            token = [text] if at is None else [text, round(float(costs[at]), 2)]
+            tokens.append(token if at is None or mass is None else [*token, round(mass[at], 3)])
+        shown.append({"row": r + 1, "tokens": tokens, "begins": first == 0, "ends": last == len(row.input_ids)})
+    return shown
 
 
 def _most_surprising(

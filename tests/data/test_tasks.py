@@ -418,7 +418,7 @@ def test_training_rows_that_stand_in_a_task_are_removed(shared_data: Path, tmp_p
     from heatbath.data import sources
 
     exam = lines(shared_data / "gsm8k" / "test.jsonl")
-    wrapped = "A question of mine, of few words?\n\nReason step by step, and put your final answer in \\boxed{}."
+    wrapped = find("aime24").prompt.replace("{question}", "A question of mine, of few words?")
     turn = lines(shared_data / "mt_bench" / "question.jsonl")[0]["turns"][0]
     capital = find("arithmetic").rows()[0].question
     rows = [exam[17]["question"], f"Hm: {exam[18]['question']}", turn, capital, wrapped, "Where do seven swans swim?"]
@@ -437,6 +437,7 @@ def test_training_rows_that_stand_in_a_task_are_removed(shared_data: Path, tmp_p
 
     folder = {"data_dir": str(shared_data)}
     assert left("gsm8k", **folder) == rows[2:]
+    assert left("aime24", "olympiadbench", **folder) == rows
     assert left("mt_bench", **folder) == [*rows[:2], *rows[3:]]
     assert left("arithmetic") == [*rows[:3], *rows[4:]]
     assert left(str(path)) == rows[:-1]

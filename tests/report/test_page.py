@@ -1,97 +1,30 @@
-"""The report in a real browser: self-contained, quiet, readable on a phone and in the dark."""
+"""The page of one run, its Markdown and its JSON: every part says what the run's files say, and what is not there is
+left out."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
+from written_runs import PROFILE, RECIPE, logged, sample, shifted, written
 
 from heatbath import recipe as recipes
 from heatbath.report.page import write_report
-from heatbath.report.tables import difference_rows, markdown
+from heatbath.report.tables import difference_rows, markdown, markdown_results, minus, numeric
 from heatbath.run import Run
-from heatbath.stages.evaluate import summarise
-
-HOSTILE = "<script>document.title='owned'</script><img src=x onerror=alert(1)> </pre> \\u202e 5"
-
-
-def sample(policy: str, problem: int, right: bool) -> dict:
-    return {
-        "policy": policy,
-        "problem": f"p{problem}",
-        "question": f"What is {problem} + 1?",
-        "gold": str(problem + 1),
-        "completion": str(problem + 1) if right else HOSTILE,
-        "tokens": 5,
-        "finished": right,
-        "status": "right" if right else "wrong",
-    }
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a run whose files are written here: three policies, 12 problems × 8 samples."""
-    recipe = recipes.parse(
-        {
-            "model": "m",
-            "data": {"source": "arithmetic"},
-            "sft": {"objective": {"name": "gift", "beta": 7.5}},
-            "rl": {},
-        }
-    )
-    run = Run.create(tmp_path_factory.mktemp("report") / "run", recipe)
-    for policy, share in (("base", 1), ("init", 4), ("final", 6)):
-        run.add_samples([sample(policy, q, i < share + q % 2) for q in range(12) for i in range(8)])
-    run.write_json("results.json", summarise({p: run.samples(p) for p in run.policies}, [1, 8]))
-    betas = [
-        {"beta": b, "w_below_0.99": 0.2, "w_below_0.5": 0.02, "w_below_0.1": 0.001, "keep": 0.01} for b in (5.0, 7.5)
-    ]
-    profile = {
-        "tokens": 100,
-        "rows": 10,
-        "demonstrations": 10,
-        "histogram": [60, 30, 8, 1, *[0] * 35, 1],
-        "betas": betas,
-        "suggested_beta": 6.0,
-        "suggested_share": 0.02,
-        "most_surprising": [{"nats": 9.0, "before": "<b>", "token": HOSTILE}],
-        "beta": 7.5,
-        "smoothing": 0.0,
-        "floor": 0.0,
-        "kinds": {},
-        "objective": {key: value for key, value in betas[1].items() if key != "beta"},
-        "vocab_size": 50,
-    }
-    run.write_json("surprise.json", profile)
+    """The page of a run with three policies, 12 problems × 8 samples, a profile and three steps of each stage."""
+    run = written(tmp_path_factory.mktemp("report") / "run", {"base": 1, "init": 4, "final": 6}, problems=12)
+    run.write_json("surprise.json", PROFILE)
     for step in range(3):
         run.log("sft", step, {"nll": 1.0 / (step + 1), "entropy": 0.5, "tokens_per_second": 9.0})
         run.log("sft", step, {"val/nll": 1.1 / (step + 1)})
         share = {"informative_share": 0.5, "truncated_share": 0.1, "clip_share": 0.0}
         run.log("rl", step + 1, {"reward": 0.2 * step, "entropy": 0.3, "kl_init": 0.01, "step_seconds": 1.0, **share})
     return write_report(run)["html"]
-
-
-def test_the_page_in_a_browser(report: Path, needs) -> None:
-    chromium = needs("chromium")
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for width, scheme in ((1200, "light"), (390, "light"), (1200, "dark")):
-            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-            noise, requests = [], []
-            page.on("console", lambda m, noise=noise: noise.append(m.text))
-            page.on("pageerror", lambda e, noise=noise: noise.append(str(e)))
-            page.on("request", lambda r, requests=requests: requests.append(r.url))
-            page.goto(report.as_uri())
-            assert requests == [report.as_uri()] and noise == []
-            assert page.title() == "GIFT (β = 7.5) warm start, then RL (paper)"  # and no script of a completion ran
-            assert page.locator("figure svg").count() == 4
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            ink, paper = (page.evaluate(f"getComputedStyle(document.body).{k}") for k in ("color", "backgroundColor"))
-            drawn = page.locator("figure svg text").first.evaluate("e => getComputedStyle(e).fill")
-            assert drawn != paper and ink != paper
-            page.locator("summary").first.click()
-            assert page.get_by_text("9.0 nats").is_visible()
-        browser.close()
 
 
 def test_markdown_and_json_say_the_same(report: Path) -> None:
@@ -102,7 +35,7 @@ def test_markdown_and_json_say_the_same(report: Path) -> None:
     for name, found in results["policies"].items():
         assert f"{found['pass']['1']['mean']:.3f}" in text and name in text
     assert markdown(difference_rows(results)) in text
-    assert "<script>" not in report.read_text()
+    assert report.read_text().count("<script") == 2  # our own, and the samples as data
 
 
 def test_differences_are_read_by_their_interval() -> None:
@@ -127,7 +60,7 @@ def test_differences_are_read_by_their_interval() -> None:
 def test_a_run_with_nothing_but_its_recipe_has_a_page_too(tmp_path: Path) -> None:
     recipe = recipes.parse({"model": "m", "data": {"source": "arithmetic"}})
     page = write_report(Run.create(tmp_path / "run", recipe))["html"].read_text()
-    assert "no warm start" in page and "<svg" not in page
+    assert "no warm start" in page and "<svg" not in page and 'id="samples"' not in page
 
 
 READINESS = {
@@ -174,8 +107,10 @@ def test_readiness_and_findings_are_in_every_form(trained: Run) -> None:
     assert "0.375 [0.290, 0.460] as predicted" in text  # 48 of the 128 groups of the first generation
     assert "train–eval gap" in page and "**train–eval gap**: from step 1 to 37" in text
     assert "40 optimizer steps of 1.0 s. 62% of the groups had no signal" in page
-    (found,) = told["findings"]
-    assert found["name"] == "train–eval gap" and found["number"] < -0.1 and told["unjudged"] == []
+    found = {one["name"]: one["number"] for one in told["findings"]}
+    assert found.keys() == {"train–eval gap", "truncation"} and found["train–eval gap"] < -0.1
+    assert told["unjudged"] == []
+    assert '<a href="#findings">train–eval gap</a>' in page and "2 findings" in page
     assert told["readiness"]["happened"]["as_predicted"] is True and told["readiness"]["entropy"] == 0.512
 
 
@@ -187,14 +122,16 @@ def test_held_out_accuracy_stands_beside_the_reward_where_it_was_measured(traine
 
 
 def test_no_finding_is_said_plainly_and_so_is_what_could_not_be_judged(trained: Run, report: Path) -> None:
-    assert "<h2>Findings</h2>\n<p>None could be judged.</p>" in report.read_text()
-    assert "Not judged: train–eval gap (it takes 6 held-out" in report.read_text()
+    judged = '<section id="findings" aria-labelledby="findings-h"><h2 id="findings-h">Findings</h2>\n'
+    assert "<li>train–eval gap (it takes 6 held-out" in report.read_text()
     assert "Readiness" not in report.read_text()  # that run has none
     text = (report.parent / "report.md").read_text()
-    assert "## Findings\n\nNone could be judged.\n\n- not judged: train–eval gap" in text
-    for step in range(41, 61):  # accuracy recovers
-        trained.log("rl", step, {"held_out/right": 0.6})
-    assert "<h2>Findings</h2>\n<p>None.</p>" in write_report(trained)["html"].read_text()
+    assert "- not judged: train–eval gap (it takes 6 held-out" in text
+    for step in range(41, 61):  # accuracy recovers, and nothing is cut any more
+        share = {"informative_share": 0.4, "truncated_share": 0.0, "reward": 0.7}
+        trained.log("rl", step, {"held_out/right": 0.6, **share})
+    page = write_report(trained)["html"].read_text()
+    assert f"{judged}<p>None.</p>" in page and "finding</strong>" not in page and "findings</strong>" not in page
     trained.forget("rl")
     assert "Findings" not in write_report(trained)["html"].read_text()
 
@@ -212,3 +149,202 @@ def test_a_preference_stage_has_its_curves(tmp_path: Path) -> None:
     run.log("preference", 4, {"objective": 0.2, "accuracy": 0.75})
     page = write_report(run)["html"].read_text()
     assert ">pairs in the right order<" in page and "75% were in the right order" in page
+
+
+def test_the_first_screen_answers_whether_it_helped(tmp_path: Path) -> None:
+    run = written(tmp_path / "run", {"base": 1, "init": 4, "final": 4})
+    told = json.loads(write_report(run)["json"].read_text())["verdict"]
+    results = run.read_json("results.json")
+    whole, start, rest = (
+        next(d for d in results["differences"] if d["k"] == 1 and (d["from"], d["to"]) == pair)
+        for pair in (("base", "final"), ("base", "init"), ("init", "final"))
+    )
+    assert whole["mean"] == pytest.approx(0.375) == start["mean"] and rest["mean"] == 0
+    assert told == (
+        "pass@1 on the same 24 problems: final is better than base, +0.37 [+0.37, +0.37]; init is better than base, "
+        "+0.37 [+0.37, +0.37]. Not decided: init → final +0.00 [+0.00, +0.00]."
+    )
+    for d in results["differences"]:
+        d |= {"low": -0.01, "p_holm": 0.9}
+    run.write_json("results.json", results)
+    told = json.loads(write_report(run)["json"].read_text())["verdict"]
+    assert told.startswith("Not decided by these 24 problems, pass@1: base → final +0.37 [-0.01, +0.37], base → init ")
+    for d in results["differences"]:
+        d |= {"low": -0.5, "high": -0.01, "mean": -0.3}
+    run.write_json("results.json", results)
+    told = json.loads(write_report(run)["json"].read_text())["verdict"]
+    assert "final is worse than base, -0.30 [-0.50, -0.01] (not after Holm's correction)" in told
+    page = (run.folder / "report.html").read_text()
+    assert '<dt class="policy-base">base <small>pass@1</small></dt><dd>0.17<small>0.14–0.19</small></dd>' in page
+
+
+TASKS = {
+    "sums": {
+        "version": 1,
+        "kind": "math",
+        "policies": {
+            "base": {
+                "problems": 30,
+                "samples": 120,
+                "pass": {
+                    "1": {"mean": 0.2, "low": 0.1, "high": 0.3},
+                    "4": {"mean": 0.5, "low": 0.4, "high": 0.6},
+                },
+                "maj": {"4": {"mean": 0.31, "low": 0.2, "high": 0.4}},
+                "truncated_share": 0.25,
+                "right_of_finished": 0.3,
+                "mean_tokens": 9.0,
+                "verdicts": {"right": 24},
+                "grader_failures": 2,
+            },
+            "final": {
+                "problems": 30,
+                "samples": 120,
+                "pass": {"1": {"mean": 0.6, "low": 0.5, "high": 0.7}, "4": {"mean": 0.9, "low": 0.8, "high": 1.0}},
+                "maj": {"4": {"mean": 0.7, "low": 0.6, "high": 0.8}},
+                "truncated_share": 0.0,
+                "right_of_finished": 0.6,
+                "mean_tokens": 9.0,
+                "verdicts": {"right": 72},
+                "grader_failures": 0,
+            },
+        },
+        "differences": [
+            {"from": "base", "to": "final", "k": 1, "mean": 0.4, "low": 0.3, "high": 0.5, "p": 1e-5, "p_holm": 2e-5,
+             "mde": 0.08, "test": "paired t"}
+        ],
+    },
+    "mt_bench": {
+        "version": 1,
+        "kind": "judge",
+        "policies": {
+            "base": {
+                "rating": {"mean": 3.5, "low": 3.0, "high": 4.0},
+                "categories": {"math": {"mean": 2.0, "low": None, "high": None}, "roleplay": None},
+                "turns": {},
+                "failures": 3,
+                "problems": 8,
+                "samples": 16,
+                "truncated_share": 0.0,
+                "mean_tokens": 80.0,
+            }
+        },
+        "differences": [{"from": "base", "to": "final", "k": 1, "mean": 1.5, "low": 1.0, "high": 2.0, "p": 0.01}],
+    },
+}  # fmt: skip
+
+
+def test_tasks_stand_beside_each_other_and_alone(tmp_path: Path) -> None:
+    recipe = recipes.parse({"model": "m", "eval": {"tasks": ["gsm8k"]}})
+    run = Run.create(tmp_path / "run", recipe)
+    run.write_json("results.json", {"policies": {}, "differences": [], "tasks": TASKS})
+    run.add_samples([sample("base", q, i == 0, task="sums") for q in range(6) for i in range(4)])
+    judged = {
+        "task": "mt_bench",
+        "policy": "base",
+        "problem": "81",
+        "question": "Rhyme?",
+        "completion": "No.",
+        "tokens": 2,
+    }
+    run.add_samples(
+        [judged | {"turn": t, "finished": True, "status": "answered", "gold": None, "answer": None} for t in (1, 2)]
+    )
+    rating = {"task": "mt_bench", "policy": "base", "problem": "81", "turn": 1, "rating": 7.0}
+    (run.folder / "judgments.jsonl").write_text(json.dumps(rating) + "\n")
+    paths = write_report(run)
+    page, text = paths["html"].read_text(), paths["md"].read_text()
+    for row in (
+        "| sums     | 30 × 4             | pass@4       | 0.500 [0.400, 0.600] | 0.900 [0.800, 1.000] |",
+        "| sums     | 30 × 4             | maj@4        | 0.310 [0.200, 0.400] | 0.700 [0.600, 0.800] |",
+        "| mt_bench | 8 × 2              | rating of 10 | 3.500 [3.000, 4.000] | –                    |",
+        "| sums     | base → final | pass@1 | +0.400 [+0.300, +0.500] | < 0.001 | < 0.001  | 0.080         | final is",
+        "| mt_bench | base → final | rating | +1.500 [+1.000, +2.000] | 0.010   | –        | –             | final is",
+        "| math     | 2.00 (one problem, no interval) |",
+        "| roleplay | –                               |",
+    ):
+        assert row in text, row
+    assert 'id="scores"' not in page and 'id="tasks"' in page and "pass@1 on the same 30 problems of sums" in page
+    assert "25% of the completions of base in sums were cut at the limit" in page
+    assert "2 completions of base in sums could not be graded" in page
+    assert "3 answers of base in mt_bench have no rating" in page
+    assert '"rated 7"' in page and '"not rated"' in page  # the two turns
+    assert markdown_results(run.read_json("results.json")) in text
+
+
+def test_the_shift_is_drawn_and_tabled(tmp_path: Path) -> None:
+    run = written(tmp_path / "run", {"base": 1, "final": 2}, sft=None)
+    assert "How far" not in write_report(run)["html"].read_text()
+    run.write_json("shift.json", shifted())
+    paths = write_report(run)
+    page, text = paths["html"].read_text(), re.sub(" +", " ", paths["md"].read_text())
+    assert "| mean [95 % interval] | base → init | init → final | base → final |" in text
+    assert "| L2 | 40.0 [40.0, 40.0] | 20.0 [20.0, 20.0] | 44.0 [44.0, 44.0] |" in text
+    assert "| KL(from ‖ to), nats | 0.300 [0.290, 0.310] | 0.150 [0.140, 0.160] |" in text
+    assert "| top-10 overlap | 0.890 [0.880, 0.900] |" in text
+    assert text.index("top-2 overlap") < text.index("top-10 overlap")
+    assert ">base → init</text>" in page and ">init → final</text>" in page
+    assert "sequences" not in json.loads(paths["json"].read_text())["shift"]  # megabytes of single values
+
+
+def test_costs_are_those_of_the_log(tmp_path: Path) -> None:
+    run = logged(written(tmp_path / "run", {"base": 1}, problems=3, rl={"prompts": 4, "update_prompts": 4}))
+    told = json.loads(write_report(run)["json"].read_text())["costs"]
+    rows = {row[0]: row[1:] for row in told}
+    assert rows["rl"] == ["8", "16", f"{8 * 7 * 4 * 8:,}", f"{8 * 7 * 4 * 8 / 16:,.0f}"]  # steps of 2 s, 32 × 7 tokens
+    assert rows["sft"][0] == "8" and rows["eval"][2] == f"{sum(s['tokens'] for s in run.samples()):,}"
+    assert "preference" not in rows
+
+
+OLD = ("floor", "below_floor", "objective", "kinds", "examples")
+
+
+def test_runs_of_earlier_versions_have_a_page(tmp_path: Path) -> None:
+    run = written(tmp_path / "run", {"base": 1, "final": 4})
+    rows = run.samples()
+    (run.folder / "samples.jsonl.gz").unlink()
+    lacking = ("task", "ids", "finish", "seed", "answer", "rule")
+    old = [{k: v for k, v in row.items() if k not in lacking} for row in rows]
+    (run.folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
+    results = run.read_json("results.json")
+    del results["tasks"]
+    for found in results["policies"].values():
+        del found["maj"], found["right_of_finished"]
+    for d in results["differences"]:
+        for key in ("p", "p_holm", "mde", "test"):
+            del d[key]
+    run.write_json("results.json", results)
+    env = run.read_json("env.json")
+    run.write_json("env.json", {k: env[k] for k in ("command", "started", "device", "versions")})
+    run.write_json("surprise.json", {k: v for k, v in PROFILE.items() if k not in OLD})
+    paths = write_report(run)
+    page = paths["html"].read_text()
+    assert "surprise.json was made by an earlier version of heatbath and lacks floor, objective, kinds" in page
+    assert "p (Holm)" not in page and "final is better" in page and page.count('"voices"') == 1
+    profile = {k: v for k, v in PROFILE.items() if k not in ("examples", "below_floor")}
+    run.write_json("surprise.json", profile)
+    page = write_report(run)["html"].read_text()
+    assert "Token by token" not in page and "leaves 2.00% of the supervised tokens" in page
+
+
+def test_numbers_are_set_as_numbers() -> None:
+    assert (
+        minus("base → final -0.10 [-0.29, +0.09] a-b top-5 1e-3") == "base → final −0.10 [−0.29, +0.09] a-b top-5 1e-3"
+    )
+    rows = [["a", "b", "c", "d", "e"], ["1", "0.5 [0.1, 0.9]", "x", "–", "5%"], ["2", "-3", "1", "< 0.001", "≈ 7"]]
+    assert numeric(rows) == {1, 3, 4}
+    assert numeric(rows[:1]) == set()
+    assert markdown([["a|b", "c"], ["x\ny", "|"]]) == "| a\\|b | c  |\n|------|----|\n| x y  | \\| |"
+
+
+def test_a_page_can_be_written_elsewhere(tmp_path: Path) -> None:
+    run = written(tmp_path / "run", {"base": 1})
+    paths = write_report(run, tmp_path / "else" / "page.html")
+    assert [path.name for path in paths.values()] == ["page.html", "page.md", "page.json"]
+    assert all(path.is_file() for path in paths.values()) and not (run.folder / "report.html").exists()
+
+
+def test_a_recipe_is_shown_as_text(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", recipes.parse(RECIPE | {"model": "</pre><script>alert(1)</script>"}))
+    page = write_report(run)["html"].read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page

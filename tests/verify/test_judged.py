@@ -134,7 +134,9 @@ def test_both_turns_are_asked_the_second_with_the_first_in_its_history(exam: Exa
     one = rows[0]
     assert one["completion"] == one["question"] + "!" and one["ids"][-1] == 1 and one["finished"]
     assert one["tokens"] == len(one["ids"]) and one["score"] is None and one["status"] == "answered"
-    ask(run, exam, "base", Policy(dies=0))  # nothing is left to ask
+    again = Policy()
+    ask(run, exam, "base", again)
+    assert again.asked == []
 
 
 def test_a_system_message_comes_first(exam: Exam, tmp_path: Path) -> None:

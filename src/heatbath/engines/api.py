@@ -218,7 +218,7 @@ def _in_parallel(
 
     working = min(threads, count)
     for _ in range(working):
-        threading.Thread(target=work, daemon=True).start()
+        threading.Thread(target=work, name="sampling", daemon=True).start()
     try:
         while working:
             found = come.get()

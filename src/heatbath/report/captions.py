@@ -1,0 +1,210 @@
+"""The sentences of the report: what the numbers say, in words that claim no more than they do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from heatbath import recipe as recipes
+from heatbath.report import tables
+from heatbath.run import Run
+
+Rows = Sequence[Mapping[str, Any]]
+TRAINED = ("sft", "preference", "rl")
+
+
+def title(recipe: recipes.Recipe) -> str:
+    """What the run is, in a line."""
+    start = f"{objective(recipe)} warm start" if recipe.sft else "no warm start"
+    if recipe.preference:
+        return f"{start}, then {recipe.preference.method.upper()}"
+    return f"{start}, then RL ({_policy(recipe)})" if recipe.rl else start
+
+
+def _policy(recipe: recipes.Recipe) -> str:
+    assert recipe.rl is not None
+    spec = recipe.rl.policy
+    return ", ".join([spec.name, *(f"{key} {_hyper(value)}" for key, value in spec.hyper.items())])
+
+
+def objective(recipe: recipes.Recipe) -> str:
+    """The objective of the warm start with its numbers."""
+    assert recipe.sft is not None
+    spec = recipe.sft.objective
+    names = {"beta": "β", "smoothing": "λ"}
+    hyper = ", ".join(f"{names.get(k, k)} = {_hyper(v)}" for k, v in spec.hyper.items())
+    name = spec.name.upper() if ":" not in spec.name else spec.name.rpartition(":")[2]
+    return f"{name} ({hyper})" if hyper else name
+
+
+def _hyper(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_hyper(v)}" for k, v in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def first_scored(results: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]] | None:
+    """The results that the first screen is about: the run's own problems', else the first task's with pass@k. With the
+    task's name, None of one's own."""
+    if results.get("policies"):
+        return None, results
+    for name, found in results.get("tasks", {}).items():
+        if found["policies"] and found.get("kind") != "judge":
+            return name, found
+    return None
+
+
+def headline(results: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Each policy's first pass@k, to be set large."""
+    scored = first_scored(results)
+    out = []
+    for policy, found in scored[1]["policies"].items() if scored else ():
+        k, e = next(iter(found["pass"].items()))
+        within = "" if e["low"] is None else f"{e['low']:.2f}–{e['high']:.2f}"
+        out.append({"policy": policy, "value": f"{e['mean']:.2f}", "metric": f"pass@{k}", "interval": within})
+    return out
+
+
+def verdict(results: Mapping[str, Any]) -> str:
+    """Whether it helped: each difference of the first k, the whole way first."""
+    scored = first_scored(results)
+    if scored is None:
+        return ""
+    task, found = scored
+    k = next(iter(next(iter(found["policies"].values()))["pass"]))
+    differences = [d for d in found["differences"] if str(d["k"]) == k and d["low"] is not None]
+    asked = next(iter(found["policies"].values()))["problems"]
+    where = f" of {task}" if task else ""
+    whole_first = sorted(differences, key=lambda d: d is not differences[-1])
+    decided = [_decided(d) for d in whole_first if d["low"] > 0 or d["high"] < 0]
+    open_ = [_change(d) for d in whole_first if d["low"] <= 0 <= d["high"]]
+    told = [f"pass@{k} on the same {asked:,} problems{where}: {'; '.join(decided)}."] if decided else []
+    if open_:
+        told.append(f"Not decided{'' if decided else f' by these {asked:,} problems{where}, pass@{k}'}: ")
+        told[-1] += f"{', '.join(open_)}."
+    return " ".join(told)
+
+
+def _change(d: Mapping[str, Any]) -> str:
+    return f"{d['from']} → {d['to']} {tables.interval(d, signed=True, digits=2)}"
+
+
+def _decided(d: Mapping[str, Any]) -> str:
+    how = "better" if d["low"] > 0 else "worse"
+    doubt = " (not after Holm's correction)" if (d.get("p_holm") or 0) > 0.05 else ""
+    return f"{d['to']} is {how} than {d['from']}, {tables.interval(d, signed=True, digits=2)}{doubt}"
+
+
+def conditions(recipe: recipes.Recipe, results: Mapping[str, Any]) -> str:
+    """How the scores of the run's own problems were sampled."""
+    first = next(iter(results["policies"].values()))
+    return (
+        f"{first['problems']:,} problems × {first['samples'] / first['problems']:g} samples of each policy, "
+        f"T = {recipe.eval.temperature:g}, at most {recipe.eval.max_new_tokens:,} tokens; pass@k unbiased. Intervals: "
+        "Student t over problems, 95 %; they say nothing about another training seed."
+    )
+
+
+def sft(rows: Rows) -> str:
+    val = [r for r in rows if "val/nll" in r]
+    speed = [r["tokens_per_second"] for r in rows if "tokens_per_second" in r]
+    parts = [f"{rows[-1]['step']} optimizer steps, {sum(speed) / len(speed):,.0f} tokens per second." if speed else ""]
+    if len(val) > 1:
+        best = min(val, key=lambda r: r["val/nll"])
+        parts.append(
+            f"Validation NLL {val[0]['val/nll']:.3f} before training, {val[-1]['val/nll']:.3f} at the end, "
+            f"lowest {best['val/nll']:.3f} at step {best['step']} (marked dots)."
+        )
+    return " ".join(p for p in parts if p)
+
+
+def preference(rows: Rows) -> str:
+    ordered = [row["accuracy"] for row in rows if "accuracy" in row]
+    said = f"{rows[-1]['step']} optimizer steps."
+    return f"{said} Of the last step's pairs {ordered[-1]:.0%} were in the right order." if ordered else said
+
+
+def rl(rows: Rows) -> str:
+    informative = [r["informative_share"] for r in rows if "informative_share" in r]
+    seconds = [r["step_seconds"] for r in rows if "step_seconds" in r]
+    parts = [f"{len(seconds)} optimizer steps of {sum(seconds) / len(seconds):.1f} s." if seconds else ""]
+    if informative:
+        dead = 1 - sum(informative) / len(informative)
+        parts.append(f"{dead:.0%} of the groups had no signal (all completions graded alike).")
+    penalised = any("kl_reference" in row for row in rows)
+    parts.append(f"KL is the k3 estimate on the sampled completions{'' if penalised else ', measured, not penalised'}.")
+    return " ".join(p for p in parts if p)
+
+
+def readiness(found: Mapping[str, Any]) -> str:
+    said = (
+        f"Before the first step {found['prompts']} of the {found['of_prompts']:,} prompts were answered "
+        f"{found['group_size']} times each, at T = {found['temperature']:g} and with at most "
+        f"{found['max_new_tokens']:,} tokens. A group is informative if it holds two different verdicts; the others "
+        "teach nothing."
+    )
+    return " ".join([said, *(f"{note[0].upper()}{note[1:]}." for note in found["notes"])])
+
+
+def caveats(run: Run, results: Mapping[str, Any] | None, profile: Mapping[str, Any] | None) -> list[str]:
+    """What a reader must know who would conclude something from the run."""
+    recipe = run.recipe
+    late = [stage for stage in TRAINED if getattr(recipe, stage) is not None and not run.metrics(stage)]
+    late += [] if results else ["eval"]
+    said = [f"Unfinished: {', '.join(late)} did not run yet."] if late else []
+    if any(getattr(recipe, stage) is not None for stage in TRAINED):
+        said += ["One training seed. Seeds can differ by more than methods do; compare several before believing a "]
+        said[-1] += "ranking."
+    if recipe.sft and recipe.rl:
+        said.append(
+            "No RL straight from the base stands beside this run, so it does not show that RL needed this start."
+        )
+    if results:
+        for name, found in results["policies"].items():
+            said += of_scores(found, name, recipe.eval.max_new_tokens)
+        for task, one in results.get("tasks", {}).items():
+            for name, found in one["policies"].items():
+                said += of_scores(found, f"{name} in {task}", None)
+        if recipe.data.source == "arithmetic":
+            said.append("No format is asked for: a box, '####', 'the answer is' or else the last number is graded.")
+    if profile and profile.get("rows", 0) < profile.get("demonstrations", 0):
+        said.append(f"The surprise histogram covers the first {profile['rows']} demonstrations.")
+    said.append("The seed fixes the numbers on this machine only; another one rounds, and so samples, differently.")
+    return said
+
+
+def of_scores(found: Mapping[str, Any], name: str, limit: int | None) -> list[str]:
+    """What is to be known about a policy's score: completions cut at `limit` tokens, not graded, not rated."""
+    said = []
+    if found.get("truncated_share", 0) > 0.05:
+        at = "the limit" if limit is None else f"{limit:,} tokens"
+        said.append(
+            f"{found['truncated_share']:.0%} of the completions of {name} were cut at {at}; a longer limit could raise "
+            "its score."
+        )
+    if found.get("grader_failures"):
+        said.append(f"{found['grader_failures']} completions of {name} could not be graded and count as not right.")
+    if found.get("failures"):
+        said.append(f"{found['failures']} answers of {name} have no rating and are left out of its mean.")
+    return said
+
+
+def settings(recipe: recipes.Recipe) -> list[tuple[str, str]]:
+    """The choices that a reader asks for first."""
+    facts = [("model", recipe.model or "made by [pretrain]")]
+    if recipe.sft:
+        s = recipe.sft
+        facts.append(
+            ("warm start", f"{objective(recipe)}, lr {s.lr:g}, {s.epochs:g} epochs, batch {s.batch}, {s.reduction}")
+        )
+    if recipe.rl:
+        r = recipe.rl
+        told = f"{_policy(recipe)}, lr {r.lr:g}, {r.prompts} prompts × {r.group_size} completions"
+        facts.append(("RL", f"{told}, T = {r.temperature:g}"))
+    if recipe.preference:
+        p = recipe.preference
+        facts.append(
+            ("preferences", f"{p.method} on {Path(p.data).name}, lr {p.lr:g}, {p.epochs:g} epochs, batch {p.batch}")
+        )
+    return facts

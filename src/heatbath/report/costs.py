@@ -1,0 +1,70 @@
+"""What a run took: steps, seconds and tokens of each stage, and where and with what it ran."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from heatbath.run import CHECKPOINTS, Run
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def stage_rows(run: Run, samples: Rows) -> list[list[str]]:
+    """Header and one row per stage that has logged something: steps, seconds, tokens, tokens per second."""
+    rows = [["stage", "steps", "seconds", "tokens", "tokens per second"]]
+    for stage in CHECKPOINTS:
+        logged = run.metrics(stage)
+        steps = max((row["step"] for row in logged), default=0)
+        if not steps:
+            continue
+        seconds = spent(logged)
+        tokens = _sampled(run, logged) if stage == "rl" else _supervised(logged, seconds)
+        speed = "–" if not seconds or not tokens else f"{tokens / seconds:,.0f}"
+        shown = "–" if not tokens else f"{'' if stage == 'rl' else '≈ '}{tokens:,.0f}"
+        rows.append([stage, f"{steps:,}", f"{seconds:,.0f}" if seconds else "–", shown, speed])
+    if samples:
+        tokens = sum(row["tokens"] for row in samples)
+        rows.append(["eval", "–", "–", f"{tokens:,}", "–"])
+    return rows
+
+
+def spent(logged: Rows) -> float:
+    """Seconds of a stage: those that its steps took, or else those between its first and its last row."""
+    steps = [row["step_seconds"] for row in logged if "step_seconds" in row]
+    if steps:
+        return float(sum(steps))
+    times = [row["time"] for row in logged if "time" in row]
+    return float(max(times) - min(times)) if times else 0.0
+
+
+def _supervised(logged: Rows, seconds: float) -> float:
+    """Supervised tokens, from the speed: what the steps themselves counted is not logged."""
+    speeds = [row["tokens_per_second"] for row in logged if "tokens_per_second" in row]
+    return seconds * sum(speeds) / len(speeds) if speeds else 0.0
+
+
+def _sampled(run: Run, logged: Rows) -> float:
+    """Tokens of the completions that RL sampled."""
+    settings = run.recipe.rl
+    lengths = [row["completion_tokens"] for row in logged if "completion_tokens" in row]
+    return sum(lengths) * settings.prompts * settings.group_size if settings is not None else 0.0
+
+
+def environment(env: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Precision, machine and versions; what an earlier version did not note down is left out."""
+    parts = [env.get("device"), f"{env['cores']} cores" if "cores" in env else None, env.get("platform")]
+    facts = [
+        ("precision", env.get("precision")),
+        ("machine", ", ".join(part for part in parts if part)),
+        ("versions", ", ".join(f"{k} {v}" for k, v in env.get("versions", {}).items() if v)),
+    ]
+    if env.get("python"):
+        facts.append(("python", env["python"]))
+    resumed = env.get("resumed", [])
+    if resumed:
+        often = "once" if len(resumed) == 1 else f"{len(resumed)} times"
+        facts.append(("resumed", f"{often}, last {resumed[-1]['started'][:16].replace('T', ' ')}"))
+        if any(one.get("versions") != env.get("versions") for one in resumed):
+            facts.append(("versions since", ", ".join(f"{k} {v}" for k, v in resumed[-1]["versions"].items() if v)))
+    return [(name, value) for name, value in facts if value]

@@ -1,0 +1,214 @@
+"""Several runs compared: the numbers by hand and by scipy, and what is said of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from written_runs import RECIPE, logged, sample, shifted, written
+
+from heatbath import cli
+from heatbath.errors import RecipeError
+from heatbath.report import comparison
+from heatbath.report.runs_page import write_comparison
+from heatbath.run import Run
+
+
+def ended(
+    folder: Path, rates: dict[str, float], *, seed: int, problems: int = 60, draws: int = 4, **changes: Any
+) -> Run:
+    """A run whose samples are right at random."""
+    draw = np.random.default_rng(seed)
+    from heatbath import recipe as recipes
+    from heatbath.stages import scoring
+
+    run = Run.create(folder, recipes.parse(RECIPE | changes))
+    for policy, rate in rates.items():
+        run.add_samples([sample(policy, q, bool(draw.random() < rate)) for q in range(problems) for _ in range(draws)])
+    results = scoring.summarise({p: run.samples(p) for p in rates}, (1, 4))
+    scoring.correct(results["differences"])
+    run.write_json("results.json", {**results, "tasks": {}})
+    return run
+
+
+def right_share(run: Run, policy: str) -> dict[str, float]:
+    found: dict[str, list[bool]] = {}
+    for row in run.samples(policy):
+        found.setdefault(row["problem"], []).append(row["status"] == "right")
+    return {problem: float(np.mean(values)) for problem, values in found.items()}
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    folder = tmp_path_factory.mktemp("three")
+    return [
+        ended(folder / "weak", {"base": 0.1, "init": 0.2, "final": 0.3}, seed=1),
+        ended(folder / "strong", {"base": 0.1, "init": 0.3, "final": 0.7}, seed=2, problems=50),
+        ended(folder / "direct", {"base": 0.1, "final": 0.35}, seed=3, sft=None),
+    ]
+
+
+def test_differences_are_paired_over_the_problems_in_common_and_corrected(three: list[Run]) -> None:
+    told = json.loads(write_comparison([run.folder for run in three])["json"].read_text())
+    found = {(d["from"], d["to"], d["of"], d["k"]): d for d in told["differences"]}
+    pairs = [("weak", "strong"), ("weak", "direct"), ("strong", "direct")]
+    assert set(found) == {(a, b, "end", k) for a, b in pairs for k in (1, 4)} | {
+        ("weak", "strong", "start", k) for k in (1, 4)
+    }
+    by_name = dict(zip(("weak", "strong", "direct"), three, strict=True))
+    for (a, b, of, k), d in found.items():
+        if k != 1:
+            continue
+        policy = "init" if of == "start" else "final"
+        x, y = right_share(by_name[a], policy), right_share(by_name[b], policy)
+        common = sorted(x.keys() & y.keys())
+        before, after = [x[p] for p in common], [y[p] for p in common]
+        assert d["problems"] == len(common) == (50 if "strong" in (a, b) else 60)
+        assert d["mean"] == pytest.approx(np.mean(after) - np.mean(before))
+        tested = stats.ttest_rel(after, before)
+        assert d["p"] == pytest.approx(tested.pvalue)
+        interval = tested.confidence_interval(0.95)
+        assert (d["low"], d["high"]) == pytest.approx((interval.low, interval.high))
+    ps = [d["p"] for d in told["differences"]]
+    order = np.argsort(ps)
+    stepped = np.maximum.accumulate(np.array(ps)[order] * np.arange(len(ps), 0, -1))  # Holm over all of the page
+    corrected = dict(zip(order.tolist(), np.minimum(1, stepped), strict=True))
+    assert [d["p_holm"] for d in told["differences"]] == pytest.approx([corrected[i] for i in range(len(ps))])
+
+
+def test_the_verdict_claims_what_the_differences_show(three: list[Run], tmp_path: Path) -> None:
+    told = json.loads(write_comparison([run.folder for run in three])["json"].read_text())
+    mean = np.mean(list(right_share(three[1], "final").values()))
+    assert told["verdict"].startswith(f"strong ends highest: pass@1 {mean:.2f} [")
+    assert told["verdict"].endswith(" It is better than weak, direct on the same problems.")
+    again = ended(tmp_path / "again", {"base": 0.1, "final": 0.69}, seed=9, problems=50, sft=None)
+    told = json.loads(write_comparison([three[1].folder, again.folder])["json"].read_text())
+    assert "better" not in told["verdict"] and "these data decide nothing." in told["verdict"]
+    empty = Run.create(tmp_path / "empty", three[0].recipe)
+    told = json.loads(write_comparison([three[0].folder, empty.folder], tmp_path / "x.html")["json"].read_text())
+    assert told["verdict"] == "The runs have no task in common." and told["differences"] == []
+
+
+def test_a_difference_that_holm_takes_back_decides_nothing() -> None:
+    d = {
+        "from": "a",
+        "to": "b",
+        "policies": ["final", "final"],
+        "of": "end",
+        "k": 1,
+        "mean": 0.1,
+        "low": 0.01,
+        "high": 0.2,
+    }
+    assert comparison._ahead({**d, "p_holm": 0.04}, "b") and not comparison._ahead({**d, "p_holm": 0.06}, "b")
+    assert not comparison._ahead({**d, "p_holm": 0.04}, "a") and comparison._ahead(d, "b")
+    d |= {"low": -0.2, "high": -0.01}
+    assert comparison._ahead(d, "a") and not comparison._ahead(d, "b")
+    assert not comparison._ahead({**d, "low": None, "high": None}, "a")
+
+
+def test_of_more_than_four_runs_each_is_compared_with_the_first(tmp_path: Path) -> None:
+    runs = [ended(tmp_path / f"r{i}", {"base": 0.1, "final": 0.2}, seed=i, problems=8, sft=None) for i in range(5)]
+    told = json.loads(write_comparison([run.folder for run in runs])["json"].read_text())
+    assert {(d["from"], d["to"]) for d in told["differences"]} == {("r0", f"r{i}") for i in range(1, 5)}
+    assert "Of more than 4 runs each is compared with the first only." in told["caveats"]
+    told = json.loads(write_comparison([run.folder for run in runs[:4]])["json"].read_text())
+    assert len({(d["from"], d["to"]) for d in told["differences"]}) == 6
+
+
+def test_only_the_keys_that_differ_are_shown(tmp_path: Path) -> None:
+    gift = RECIPE | {"seed": 1}
+    sft = RECIPE | {"sft": {"objective": "sft", "lr": 2e-5}}
+    direct = RECIPE | {"sft": None, "rl": {"lr": 1e-5}}
+    runs = [written(tmp_path / n, {"base": 1}, problems=3, **r) for n, r in (("g", gift), ("s", sft), ("d", direct))]
+    rows = comparison.recipe_rows(comparison.read([run.folder for run in runs]))
+    assert rows == [
+        ["key", "g", "s", "d"],
+        ["rl.lr", "1e-06", "1e-06", "1e-05"],
+        ["seed", "1", "0", "0"],
+        ["[sft]", "yes", "yes", "–"],
+        ["sft.lr", "1e-05", "2e-05", "–"],
+        ["sft.objective.beta", "7.5", "–", "–"],
+        ["sft.objective.name", "gift", "sft", "–"],
+    ]
+    paths = write_comparison([run.folder for run in runs])
+    page = paths["html"].read_text()
+    assert page.count("<summary>The whole recipe of ") == 3 and "max_length" in page
+    assert json.loads(paths["json"].read_text())["recipe"]["seed"] == {"g": "1", "s": "0", "d": "0"}
+    same = written(tmp_path / "g2", {"base": 1}, problems=3, **gift)
+    assert "The recipes are the same." in write_comparison([runs[0].folder, same.folder])["html"].read_text()
+
+
+def test_names_are_as_short_as_tells_them_apart() -> None:
+    names = comparison.distinct_names
+    assert names([Path("/x/a"), Path("/y/b")]) == ["a", "b"]
+    assert names([Path("/x/a"), Path("/y/a"), Path("/y/b")]) == ["x/a", "y/a", "y/b"]
+    assert names([Path("/a/x"), Path("/a/b/x"), Path("/c/b/x")]) == ["//a/x", "a/b/x", "c/b/x"]
+
+
+def test_what_forbids_a_comparison_is_said(three: list[Run], tmp_path: Path) -> None:
+    alike = [ended(tmp_path / n, {"base": 0.1, "final": 0.2}, seed=5, problems=9) for n in ("a", "b")]
+    read = comparison.read([run.folder for run in alike])
+    assert comparison.caveats(read, "test")[0].startswith("One training seed each")
+    other = ended(tmp_path / "c", {"base": 0.1, "final": 0.2}, seed=5, problems=8, eval={"temperature": 1.0})
+    for run, mark in ((alike[0], "x"), (other, "y")):
+        run.write_json("base.json", {"fingerprint": mark})
+    said = comparison.caveats(comparison.read([alike[0].folder, other.folder]), "test")
+    for words in ("not start from the same base", "under different conditions", "not asked the same problems"):
+        assert any(words in line for line in said), words
+
+
+def test_the_page_of_runs_with_everything(three: list[Run], tmp_path: Path) -> None:
+    runs = [
+        logged(written(tmp_path / name, {"base": 1, "init": 2, "final": 4}, problems=6, seed=i))
+        for i, name in enumerate(("one", "two"))
+    ]
+    for run in runs:
+        run.write_json("shift.json", shifted())
+    for run, rating in zip(runs, (4.0, 6.0), strict=True):
+        results = run.read_json("results.json")
+        judged = {"rating": {"mean": rating, "low": rating - 1, "high": rating + 1}, "problems": 8, "categories": {}}
+        results["tasks"] = {
+            "mt_bench": {"kind": "judge", "version": 1, "policies": {"final": judged}, "differences": []}
+        }
+        run.write_json("results.json", results)
+    paths = write_comparison([run.folder for run in runs], tmp_path / "out" / "both.html")
+    page, text = paths["html"].read_text(), paths["md"].read_text()
+    assert "Not of one measure" not in page and "Warm start" in page and "Reinforcement learning" in page
+    assert "| one | mt_bench | final  | 4.00 [3.00, 5.00] | 8         |" in text
+    assert "| two | final  | 6" in text and "over its base +0.37 [+0.37, +0.37]" in page
+    assert "base → init:" in text and "| one                     | two                     |" in text
+    other = shifted()
+    other["data"]["fingerprint"] = "another"
+    runs[1].write_json("shift.json", other)
+    assert "Not of one measure" in write_comparison([run.folder for run in runs])["html"].read_text()
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".md"] == ["both.md"]
+    assert (tmp_path / "report-2-runs.html").is_file()  # beside the first run
+
+
+def test_mistakes_are_told(three: list[Run], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="the run is given twice"):
+        write_comparison([three[0].folder, three[0].folder / ".." / three[0].folder.name])
+    with pytest.raises(RecipeError, match="not a run"):
+        write_comparison([three[0].folder, tmp_path])
+    for out in (tmp_path, tmp_path / "page"):
+        with pytest.raises(RecipeError, match=r"ends in \.html"):
+            write_comparison([run.folder for run in three], out)
+
+
+def test_the_command_takes_one_run_or_several(three: list[Run], tmp_path: Path, capsys, monkeypatch) -> None:
+    def call(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["heatbath", "report", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+        return capsys.readouterr().out.strip()
+
+    folders = [str(run.folder) for run in three]
+    assert call(folders[0]) == f"{folders[0]}/report.html"
+    assert call(*folders) == str(three[0].folder.parent / "report-3-runs.html")
+    written_to = json.loads(call(*folders[:2], "--out", str(tmp_path / "x.html"), "--json"))
+    assert {Path(path).name for path in written_to.values()} == {"x.html", "x.md", "x.json"}
+    assert "2 runs compared" in (tmp_path / "x.html").read_text()
