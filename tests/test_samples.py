@@ -11,15 +11,19 @@ from heatbath import samples
 BATCHES = [[{"n": i, "text": "é\u2028" * i} for i in range(size)] for size in (3, 1, 400)]
 
 
+def joined(batches: list[list[dict]]) -> list[dict]:
+    return [row for batch in batches for row in batch]
+
+
 def test_what_was_added_is_read_back_by_us_and_by_gzip(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl.gz"
     assert samples.read(path) == []
     for batch in BATCHES:
         samples.add(path, batch)
-    assert samples.read(path) == sum(BATCHES, [])
+    assert samples.read(path) == joined(BATCHES)
     with gzip.open(path) as stream:
-        assert [json.loads(line) for line in stream] == sum(BATCHES, [])
-    assert path.stat().st_size < len("".join(map(json.dumps, sum(BATCHES, [])))) / 5
+        assert [json.loads(line) for line in stream] == joined(BATCHES)
+    assert path.stat().st_size < len("".join(map(json.dumps, joined(BATCHES)))) / 5
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -34,7 +38,7 @@ def test_a_file_cut_at_any_byte_keeps_every_whole_batch_and_is_gone_on_with(
     whole = path.read_bytes()
     for cut in [*range(0, ends[2] + 40), *range(ends[2] + 40, len(whole), 97), len(whole)]:
         path.write_bytes(whole[:cut])
-        complete = sum(BATCHES[: sum(end <= cut for end in ends[1:])], [])
+        complete = joined(BATCHES[: sum(end <= cut for end in ends[1:])])
         assert samples.read(path) == complete
         if not known:  # another process wrote the file
             monkeypatch.setattr(samples, "_written", {})
@@ -51,9 +55,9 @@ def test_a_member_larger_than_a_chunk_and_rubbish_behind_it(tmp_path: Path, monk
         samples.add(path, batch)
     with path.open("ab") as stream:
         stream.write(b"not gzip")
-    assert samples.read(path) == sum(BATCHES[:2], [])
+    assert samples.read(path) == joined(BATCHES[:2])
     samples.add(path, [{"n": 9}])
-    assert samples.read(path) == [*sum(BATCHES[:2], []), {"n": 9}]
+    assert samples.read(path) == [*joined(BATCHES[:2]), {"n": 9}]
 
 
 def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:

@@ -177,7 +177,11 @@ def _require_allowed_changes(run: Run, how: Opening, redone: tuple[str, ...]) ->
 
 
 def _readers(key: str) -> tuple[str, ...]:
-    return () if key in FREE or key.startswith(tuple(f"{free}." for free in FREE)) else READ_BY.get(key.partition(".")[0], STAGES)
+    return (
+        ()
+        if key in FREE or key.startswith(tuple(f"{free}." for free in FREE))
+        else READ_BY.get(key.partition(".")[0], STAGES)
+    )
 
 
 def _accept(run: Run, changed: dict[str, tuple[Any, Any]], say: Callable[[str], None]) -> None:

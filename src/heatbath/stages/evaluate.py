@@ -41,10 +41,12 @@ def run_evaluation(run: Run, recipe: Recipe, progress: Progress) -> dict[str, An
     policies = evaluated(run, recipe)
     for policy in policies:
         sample_policy(run, recipe, policy, asked, progress)
-    for exam in asked:
-        for policy in policies if exam.kind == JUDGE else ():
+    results = write_results(run, recipe, asked)  # a judge who does not answer must not cost the other scores
+    for exam in (exam for exam in asked if exam.kind == JUDGE):
+        for policy in policies:
             judged.judge_answers(run, recipe, exam, policy, progress)
-    return write_results(run, recipe, asked)
+        results = write_results(run, recipe, asked)
+    return results
 
 
 def evaluated(run: Run, recipe: Recipe) -> list[str]:
@@ -87,13 +89,15 @@ def write_results(run: Run, recipe: Recipe, asked: list[Exam]) -> dict[str, Any]
     """results.json of whatever samples the run has of these exams: its own problems' at the top, and under `tasks`
     those of each task."""
     found: dict[str, Any] = {"policies": {}, "differences": [], "tasks": {}}
+    rows = run.samples()
     for exam in asked:
         if exam.kind == JUDGE:
             scores = judged.results(run, recipe, exam)
         else:
-            problems = {row.id for row in exam.rows}
-            rows = {policy: _of(run.samples(policy, exam.name), problems) for policy in run.policies}
-            sampled = {policy: own for policy, own in rows.items() if own}
+            problems = {row.id for row in exam.rows}  # an earlier evaluation may have asked more
+            own = [row for row in rows if row["task"] == exam.name and row["problem"] in problems]
+            of = {policy: [row for row in own if row["policy"] == policy] for policy in run.policies}
+            sampled = {policy: drawn for policy, drawn in of.items() if drawn}
             scores = scoring.summarise(sampled, exam.k, votes=exam.kind != "code")
         if exam.name == OWN_TEST:
             found |= scores
@@ -104,32 +108,30 @@ def write_results(run: Run, recipe: Recipe, asked: list[Exam]) -> dict[str, Any]
     return found
 
 
-def _of(samples: list[dict[str, Any]], problems: set[str]) -> list[dict[str, Any]]:
-    """The samples of these problems: an earlier evaluation may have asked more."""
-    return [row for row in samples if row["problem"] in problems]
-
-
 def sample_policy(run: Run, recipe: Recipe, policy: str, asked: list[Exam], progress: Progress) -> None:
     """Adds to the run's samples what a policy lacks of the graded completions of these exams; its model is loaded only
     if anything is missing.
 
     Each batch is kept as soon as it is graded: an interrupted evaluation goes on where it stopped.
     """
-    lacking = [exam for exam in asked if (judged.missing if exam.kind == JUDGE else missing)(run, exam, policy)]
-    if not lacking:
+    there = run.samples(policy)
+    lacking = [
+        (exam, judged.missing(run, exam, policy) if exam.kind == JUDGE else missing(there, exam)) for exam in asked
+    ]
+    if not any(rows for _, rows in lacking):
         return
     with _opened(run, recipe, policy) as (sampler, tokenizer):
-        for exam in lacking:
-            if exam.kind == JUDGE:
+        for exam, rows in lacking:
+            if exam.kind == JUDGE and rows:
                 judged.sample_answers(run, exam, policy, sampler, tokenizer, recipe.seed, progress)
-                continue
-            with exam.grader(recipe) as grader:
-                _sample(run, recipe, exam, policy, sampler, tokenizer, grader, progress)
+            elif rows:
+                with exam.grader(recipe) as grader:
+                    _sample(run, recipe, exam, policy, rows, sampler, tokenizer, grader, progress)
 
 
-def missing(run: Run, exam: Exam, policy: str) -> list[tuple[Row, int]]:
-    """The samples that are missing: the problem, and which of its samples it is."""
-    have = Counter(sample["problem"] for sample in run.samples(policy, exam.name))
+def missing(there: list[dict[str, Any]], exam: Exam) -> list[tuple[Row, int]]:
+    """The samples of an exam that a policy's samples lack: the problem, and which of its samples it is."""
+    have = Counter(sample["problem"] for sample in there if sample["task"] == exam.name)
     wanted: Counter[str] = Counter()
     lacking = []
     for row in exam.rows:
@@ -167,6 +169,7 @@ def _sample(
     recipe: Recipe,
     exam: Exam,
     policy: str,
+    lacking: list[tuple[Row, int]],
     sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
     grader: Grader,
@@ -176,7 +179,6 @@ def _sample(
 
     A draw depends on its problem and number alone, so that neither what was there before nor the other problems of a
     batch change it."""
-    lacking = missing(run, exam, policy)
     prompts = [exam.prompt_ids(tokenizer, row) for row, _ in lacking]
     seeds = [seed_of(recipe.seed, exam.name, row.id, number) for row, number in lacking]
     right = done = 0
