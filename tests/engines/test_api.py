@@ -290,6 +290,16 @@ def test_a_prompt_that_is_too_long_holds_up_no_other(serving) -> None:
     assert "8 of 9 completions came" in caught.value.remedy
 
 
+def test_a_dead_server_is_told_before_a_refused_prompt(serving) -> None:
+    def script(request: dict, number: int) -> tuple[int, dict, str]:
+        if len(request["prompt"]) > 3:
+            return failed(400, "too long")
+        return vllm(request, number) if number <= 3 else failed(500, "dead")
+
+    with sampler(serving(script), concurrency=1, retries=0) as engine, pytest.raises(RunError, match="dead"):
+        list(engine.sample([PROMPTS[0], [5] * 30, *PROMPTS[2:]], GREEDY, 0))
+
+
 @pytest.mark.parametrize(("status", "word"), [(401, "$OPENAI_API_KEY"), (404, "'m'"), (301, "redirects")])
 def test_a_server_that_will_never_answer_is_an_error_at_once(serving, status: int, word: str) -> None:
     server = serving(lambda request, number: failed(status, "no"))

@@ -26,7 +26,9 @@ def ended(
 
     run = Run.create(folder, recipes.parse(RECIPE | changes))
     for policy, rate in rates.items():
-        run.add_samples([sample(policy, q, bool(draw.random() < rate)) for q in range(problems) for _ in range(draws)])
+        run.add_samples(
+            [sample(policy, q, bool(draw.random() < rate)) for q in range(first, problems) for _ in range(draws)]
+        )
     results = scoring.summarise({p: run.samples(p) for p in rates}, (1, 4))
     scoring.correct(results["differences"])
     run.write_json("results.json", {**results, "tasks": {}})
@@ -45,7 +47,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     folder = tmp_path_factory.mktemp("three")
     return [
         ended(folder / "weak", {"base": 0.1, "init": 0.2, "final": 0.3}, seed=1),
-        ended(folder / "strong", {"base": 0.1, "init": 0.3, "final": 0.7}, seed=2, problems=50),
+        ended(folder / "strong", {"base": 0.1, "init": 0.3, "final": 0.7}, seed=2, first=10),
         ended(folder / "direct", {"base": 0.1, "final": 0.35}, seed=3, sft=None),
     ]
 

@@ -198,3 +198,5 @@ def test_many_k_are_thinned_to_the_first_the_last_and_some_between() -> None:
     counted = (["a", "b"], np.array([200, 128]), np.array([3, 50]))
     ks = [point[0] for point in scores.curve(counted)]
     assert ks[0] == 1 and ks[-1] == 128 and len(ks) <= 20 and ks == sorted(set(ks))
+    few = (["a", "b"], np.array([20, 30]), np.array([3, 5]))
+    assert [point[0] for point in scores.curve(few)] == list(range(1, 21))
