@@ -65,8 +65,12 @@ def nucleus(p: np.ndarray, top_p: float) -> list[int]:
     return chosen
 
 
-def sampled(model: PreTrainedModel, asked: list[list[int]], settings: Sampling, seeds, batch=None) -> list[Completion]:
-    sampler = LocalSampler(model, small_tokenizer(), batch=batch)
+def sampled(
+    model: PreTrainedModel, asked: list[list[int]], settings: Sampling, seeds, batch=None, pad=None
+) -> list[Completion]:
+    tokenizer = small_tokenizer()
+    tokenizer.pad_token = pad or tokenizer.pad_token
+    sampler = LocalSampler(model, tokenizer, batch=batch)
     found = [c for group in sampler.sample(asked, settings, seeds) for c in group]
     assert sorted(c.prompt for c in found) == list(range(len(asked)))
     return sorted(found, key=lambda c: c.prompt)
@@ -240,6 +244,13 @@ def test_an_end_at_the_last_place_is_an_end() -> None:
     assert (short.ids, short.finish) == (ended.ids[:-1], "length")
 
 
+def test_prompts_of_a_single_token() -> None:
+    model, settings = small_model(), Sampling(1.0, 1.0, 12)
+    for asked in ([[5]] * 3, [[5], [5], [6, 7, 8], [6, 7, 8]]):
+        found = sampled(model, asked, settings, 0)
+        assert [c.ids for c in found] == [literal(model, p, settings, i) for i, p in enumerate(asked)]
+
+
 def test_nothing_is_asked_of_no_prompts() -> None:
     assert sampled(small_model(), [], Sampling(1.0, 1.0, 4), 0) == []
 
@@ -248,17 +259,18 @@ def test_nothing_is_asked_of_no_prompts() -> None:
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=["greedy", "T=1", "top-p"])
+@pytest.mark.parametrize("pad", ["<unk>", "<|end|>"])  # an end token or not
 def test_dropping_rows_that_ended_changes_nothing_and_saves_work(
-    settings: Sampling, monkeypatch: pytest.MonkeyPatch
+    settings: Sampling, pad: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, asked = small_model(), prompts(16)
     model.generation_config.eos_token_id = [EOS, *range(5, 12)]
     shapes = forward_shapes(model, monkeypatch)
-    dropped = sampled(model, asked, settings, 0, batch=16)
+    dropped = sampled(model, asked, settings, 0, batch=16, pad=pad)
     work = sum(rows for rows, tokens in shapes if tokens == 1)
     shapes.clear()
     monkeypatch.setattr(local, "DROPPED", 1.0)
-    kept = sampled(model, asked, settings, 0, batch=16)
+    kept = sampled(model, asked, settings, 0, batch=16, pad=pad)
     assert [c.ids for c in dropped] == [c.ids for c in kept]
     assert work < sum(rows for rows, tokens in shapes if tokens == 1)
     needed = sum(len(c.ids) for c in kept) - 16  # the first token comes from the pass over the prompts
@@ -439,6 +451,23 @@ def test_weights_that_give_no_finite_logits_are_an_error(settings: Sampling, val
     model = small_model()
     with torch.no_grad():
         model.lm_head.weight[7] = value
+    with pytest.raises(RunError, match="not finite"):
+        sampled(model, prompts(4), settings, 0)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["greedy", "T=1", "top-p"])
+def test_logits_that_are_not_finite_once_are_an_error(settings: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    forward, steps = model.forward, []
+
+    def overflowing(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        steps.append(out)
+        if len(steps) == 4:
+            out.logits[1, -1, 7] = torch.nan
+        return out
+
+    monkeypatch.setattr(model, "forward", overflowing)
     with pytest.raises(RunError, match="not finite"):
         sampled(model, prompts(4), settings, 0)
 

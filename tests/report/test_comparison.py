@@ -17,9 +17,9 @@ from heatbath.run import Run
 
 
 def ended(
-    folder: Path, rates: dict[str, float], *, seed: int, problems: int = 60, draws: int = 4, **changes: Any
+    folder: Path, rates: dict[str, float], *, seed: int, problems: int = 60, first: int = 0, **changes: Any
 ) -> Run:
-    """A run whose samples are right at random."""
+    """A run whose samples, four of each problem, are right at random."""
     draw = np.random.default_rng(seed)
     from heatbath import recipe as recipes
     from heatbath.stages import scoring
@@ -27,7 +27,7 @@ def ended(
     run = Run.create(folder, recipes.parse(RECIPE | changes))
     for policy, rate in rates.items():
         run.add_samples(
-            [sample(policy, q, bool(draw.random() < rate)) for q in range(first, problems) for _ in range(draws)]
+            [sample(policy, q, bool(draw.random() < rate)) for q in range(first, problems) for _ in range(4)]
         )
     results = scoring.summarise({p: run.samples(p) for p in rates}, (1, 4))
     scoring.correct(results["differences"])
@@ -160,6 +160,31 @@ def test_what_forbids_a_comparison_is_said(three: list[Run], tmp_path: Path) -> 
     said = comparison.caveats(comparison.read([alike[0].folder, other.folder]), "test")
     for words in ("not start from the same base", "under different conditions", "not asked the same problems"):
         assert any(words in line for line in said), words
+
+
+def test_the_base_is_complained_about_once_where_it_is_the_same(tmp_path: Path) -> None:
+    runs = [ended(tmp_path / n, {"base": 0.1, "final": 1.0}, seed=5, problems=9) for n in ("a", "b")]
+    read = comparison.read([run.folder for run in runs])
+    said = [line for line in comparison.caveats(read, "test") if "cut at" in line]
+    assert len(said) == 1 and "completions of a base were cut at 8,192 tokens" in said[0]
+    for run in runs:
+        run.write_json("base.json", {"fingerprint": run.folder.name})
+    assert len([line for line in comparison.caveats(read, "test") if "cut at" in line]) == 2
+
+
+def test_ones_own_problems_come_before_the_tasks(tmp_path: Path) -> None:
+    runs = [ended(tmp_path / n, {"base": 0.1, "final": 0.5}, seed=5, problems=9) for n in ("a", "b")]
+    for run in runs:
+        rows = [
+            sample("final", q, q % 2 == 0, task=task) for task in ("aime", "only-" + run.folder.name) for q in range(4)
+        ]
+        run.replace_samples([*rows, *run.samples()])
+    read = comparison.read([run.folder for run in runs])
+    assert comparison.tasks_of(read) == ["test", "aime"]
+    told = json.loads(write_comparison([run.folder for run in runs])["json"].read_text())
+    assert {d["task"] for d in told["differences"]} == {"test", "aime"} and "pass@1 0." in told["verdict"]
+    page = (tmp_path / "report-2-runs.html").read_text()
+    assert page.index('<h2 id="scores-h">Held-out problems') < page.index('<h2 id="task-aime-h">aime')
 
 
 def test_the_page_of_runs_with_everything(three: list[Run], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from heatbath.run import OWN_TEST, Run, read_jsonl
 from heatbath.verify.verdict import STATUSES
 
-BUDGET = 2_000_000  # bytes of samples in a page
+BUDGET = 2_300_000  # bytes of samples in a page
 EXCERPT = 4_000  # characters of one text; of a longer one the first and the last are shown
 EXAMPLES = 6
 
