@@ -244,6 +244,17 @@ def test_an_end_at_the_last_place_is_an_end() -> None:
     assert (short.ids, short.finish) == (ended.ids[:-1], "length")
 
 
+def test_a_model_without_an_end_token_goes_on_to_the_limit() -> None:
+    model, asked, tokenizer = small_model(), prompts(16), small_tokenizer()
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    tokenizer.eos_token = None
+    sampler = LocalSampler(model, tokenizer)
+    assert sampler.eos_ids == []
+    (group,) = sampler.sample(asked, Sampling(1.5, 1.0, 40), 0)
+    assert {(len(c.ids), c.finish) for c in group} == {(40, "length")}
+    assert any(EOS in c.ids[:-1] for c in group)
+
+
 def test_prompts_of_a_single_token() -> None:
     model, settings = small_model(), Sampling(1.0, 1.0, 12)
     for asked in ([[5]] * 3, [[5], [5], [6, 7, 8], [6, 7, 8]]):
@@ -263,19 +274,19 @@ def test_nothing_is_asked_of_no_prompts() -> None:
 def test_dropping_rows_that_ended_changes_nothing_and_saves_work(
     settings: Sampling, pad: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, asked = small_model(), prompts(16)
-    model.generation_config.eos_token_id = [EOS, *range(5, 12)]
+    model, asked = small_model(), prompts(64)
+    model.generation_config.eos_token_id = [EOS, *range(5, 9)]
     shapes = forward_shapes(model, monkeypatch)
-    dropped = sampled(model, asked, settings, 0, batch=16, pad=pad)
+    dropped = sampled(model, asked, settings, 0, batch=64, pad=pad)
     work = sum(rows for rows, tokens in shapes if tokens == 1)
     shapes.clear()
     monkeypatch.setattr(local, "DROPPED", 1.0)
-    kept = sampled(model, asked, settings, 0, batch=16, pad=pad)
+    kept = sampled(model, asked, settings, 0, batch=64, pad=pad)
     assert [c.ids for c in dropped] == [c.ids for c in kept]
     assert work < sum(rows for rows, tokens in shapes if tokens == 1)
-    needed = sum(len(c.ids) for c in kept) - 16  # the first token comes from the pass over the prompts
+    needed = sum(len(c.ids) for c in kept) - 64  # the first token comes from the pass over the prompts
     steps = max(len(c.ids) for c in kept)
-    assert needed <= work <= needed + steps * max(1, 16 * 1 / 8)  # rows that wait are at most an eighth
+    assert needed <= work <= needed + steps * 64 / 8  # rows that wait are at most an eighth
 
 
 def test_a_prompt_that_is_there_often_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,7 +405,7 @@ def test_the_automatic_batch_fits_and_is_the_largest_power_of_two_that_does(monk
             assert size == 1 or size * held <= free
             assert size & (size - 1) == 0 and 1 <= size <= local.MOST
             # a row takes no more than this, so that twice the batch would not have fitted
-            row = held + width * 20 * 32 * 4 + 40 * 101
+            row = held + width * 20 * 32 * 4 + 64 * 101
             assert size == local.MOST or 2 * size * row > free
             sizes.append(size)
     assert len(set(sizes)) > 4 and max(sizes) == local.MOST and min(sizes) == 1

@@ -10,7 +10,7 @@ from written_runs import PROFILE, RECIPE, logged, sample, shifted, written
 
 from heatbath import recipe as recipes
 from heatbath.report.page import write_report
-from heatbath.report.tables import difference_rows, markdown, markdown_results, minus, numeric
+from heatbath.report.tables import difference_rows, markdown, markdown_results, minus, numeric, results_rows
 from heatbath.run import Run
 
 
@@ -46,6 +46,8 @@ def test_differences_are_read_by_their_interval() -> None:
                 {"from": "a", "to": "b", "k": 1, "mean": -0.1, "low": -0.19, "high": -0.01},
                 {"from": "a", "to": "b", "k": 1, "mean": 0.1, "low": -0.01, "high": 0.19},
                 {"from": "a", "to": "b", "k": 1, "mean": 0.1, "low": None, "high": None},
+                {"from": "a", "to": "b", "k": 1, "mean": 0.1, "low": 0.01, "high": 0.19, "p": 0.03, "p_holm": 0.06},
+                {"from": "a", "to": "b", "k": 1, "mean": -0.1, "low": -0.19, "high": -0.01, "p": 0.03, "p_holm": 0.04},
             ]
         }
     )
@@ -54,7 +56,18 @@ def test_differences_are_read_by_their_interval() -> None:
         "b is worse",
         "not decided by these data",
         "one problem decides nothing",
+        "b is better, not after Holm",
+        "b is worse",
     ]
+    assert [row[-3:-1] for row in rows[-2:]] == [["0.030", "0.060"], ["0.030", "0.040"]]
+
+
+def test_pass_comes_before_maj_and_2_before_10() -> None:
+    e = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    entry = {"maj": {"10": e}, "pass": {"10": e, "2": e, "1": e}, "truncated_share": 0.0, "mean_tokens": 1.0}
+    head, row = results_rows({"policies": {"base": entry}})
+    assert head == ["policy", "pass@1", "pass@2", "pass@10", "maj@10", "truncated", "right of finished", "tokens"]
+    assert row[1] == "0.500 [0.400, 0.600]" and row[-2] == "–"
 
 
 def test_a_run_with_nothing_but_its_recipe_has_a_page_too(tmp_path: Path) -> None:

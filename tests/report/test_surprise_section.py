@@ -75,7 +75,7 @@ def test_each_token_is_coloured_by_its_surprise_and_underlined_where_it_is_left_
     assert tokens[1] == (
         '<span class="row">3</span><span class="context">…</span><span class="context">What?</span>4'
         '<span class="heat-1" title="2.5 nats, w 0.90">&lt;b&gt;</span>'
-        '<span class="heat-3" title="7.0 nats, w 0.60">5</span>'
+        '<span class="heat-3" title="7.0 nats, w 0.55">5</span>'
         f'<span class="heat-4 left" title="12.5 nats, w 0.02">{escape(HOSTILE)}</span>'
     )
     for nats, css in (

@@ -25,7 +25,7 @@ MOST, MOST_OF_LARGE = 256, 64  # rows of a batch, and on a CPU of a model above 
 LARGE = 32 * 2**20  # bytes of weights; below it a CPU's caches hold them
 DROPPED = 1 / 8  # of a batch's rows must have ended before they are dropped from it, for a copy of the cache
 ACTIVATIONS = 20  # numbers per prompt token and hidden size that a layer of the prompt's pass holds at its widest
-CHOOSING = 40  # bytes per row and vocabulary entry while a token is chosen
+CHOOSING = 64  # bytes per row and vocabulary entry while a token is chosen
 
 
 class LocalSampler(Closing):
@@ -104,8 +104,9 @@ class LocalSampler(Closing):
         cache = self._shared(ids, mask, prompts) if droppable else None
         found: list[list[int]] = [[] for _ in prompts]
         end = width + settings.max_new_tokens
+        ends = torch.tensor(self.eos_ids, dtype=torch.long, device=device)
         while rows:
-            ended = _Ended(self.eos_ids, max(1, int(len(rows) * DROPPED)) if droppable else len(rows))
+            ended = _Ended(ends, max(1, int(len(rows) * DROPPED)) if droppable else len(rows))
             out = self._generate(ids, mask, new=end - ids.shape[1], cache=cache, hooks=(draw, ended))
             draw.require_finite()
             ids, cache = out.sequences, out.past_key_values
@@ -204,12 +205,12 @@ def choose(logits: Tensor, settings: Sampling, u: Tensor) -> Tensor:
 class _Ended(StoppingCriteria):
     """Stops generation once `enough` rows have ended; `rows` [B] says which have."""
 
-    def __init__(self, eos_ids: list[int], enough: int):
-        self.eos_ids, self.enough = torch.tensor(eos_ids), enough
+    def __init__(self, eos_ids: Tensor, enough: int):
+        self.eos_ids, self.enough = eos_ids, enough
         self.rows = torch.zeros(0, dtype=torch.bool)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        now = torch.isin(input_ids[:, -1], self.eos_ids.to(input_ids.device))
+        now = torch.isin(input_ids[:, -1], self.eos_ids)
         self.rows = self.rows | now if len(self.rows) else now
         return (self.rows.sum() >= self.enough).expand(len(now))
 
