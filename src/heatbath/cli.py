@@ -121,6 +121,48 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    vary: Annotated[
+        list[str] | None, typer.Option("--vary", help="key=value,value or strategy=name,name; may be repeated.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", help="0..4, or 0,1,2.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="The setting that others are held against.")
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Cells at a time.")] = 1,
+    cell: Annotated[list[int] | None, typer.Option("--cell", help="Only the cell of that number.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and their commands; run nothing.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; default runs/<recipe name>-compare.")] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Settings × seeds, each a run of its own, then one table with intervals. The same command goes on."""
+    _settle_libraries(verbose)
+    from heatbath.progress import Progress
+    from heatbath.recipe import comparison
+    from heatbath.stages import compare as stage
+    from heatbath.stages import grid
+
+    numbers = grid.parse_seeds(seeds) if seeds is not None else None
+    plan = grid.with_options(comparison(recipe), grid.parse_vary(vary or []), numbers, baseline)
+    folder = out or Path("runs") / f"{Path(recipe).stem}-compare"
+    asked = stage.Comparison(recipe, plan, tuple(overrides or ()), folder)
+    if dry_run:
+        stage.check(asked)
+        cells = stage.listed(asked)
+        typer.echo(jsonlib.dumps(cells, ensure_ascii=False) if json else stage.shown(cells))
+        return
+    try:
+        found = stage.run_compare(asked, jobs=jobs, only=tuple(cell or ()), progress=Progress(quiet=json))
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; the same command goes on with {folder}", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(jsonlib.dumps(found, ensure_ascii=False) if json else (folder / "compare.md").read_text())
+
+
+@app.command()
 def inspect(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -265,6 +307,7 @@ def recipes(
     to: Annotated[Path | None, typer.Argument(help="File or folder; default the working folder.")] = None,
     policies: Annotated[bool, typer.Option("--policies", help="List the RL policies and preference methods.")] = False,
     tasks: Annotated[bool, typer.Option("--tasks", help="List the tasks that an evaluation may ask.")] = False,
+    strategies: Annotated[bool, typer.Option("--strategies", help="List the ways to start RL, by name.")] = False,
     json: Json = False,
 ) -> None:
     """List the shipped recipes, or copy one to edit it."""
@@ -274,6 +317,11 @@ def recipes(
         from heatbath.data import tasks as definitions
 
         typer.echo(jsonlib.dumps(definitions.listed(), ensure_ascii=False) if json else definitions.shown())
+        return
+    if strategies:
+        from heatbath import strategies as named
+
+        typer.echo(jsonlib.dumps(named.listed()) if json else named.shown())
         return
     if policies:
         from heatbath.methods import listed, shown

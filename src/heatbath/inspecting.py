@@ -23,7 +23,7 @@ def inspect(recipe: Recipe, *, count: int = 3, row: int | None = None, surprise:
     whether it is supervised, and with `surprise` how many nats it costs the base. Raises DataError or RecipeError."""
     if recipe.sft is None:
         recipe = recipe.model_copy(update={"sft": SFT()})
-    splits = sources.load(recipe.data, recipe.seed)
+    splits = sources.of(recipe)
     if not splits.demos:
         raise DataError("no demonstrations", "data.demos", "inspect shows the rows that the sft stage learns")
     if row is not None and not 1 <= row <= len(splits.demos):

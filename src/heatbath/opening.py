@@ -21,6 +21,7 @@ from heatbath.run import STAGES, Run, append_jsonl, holds_nothing, is_run
 
 # Keys that change no result: how often something is kept or shown, or how many samples are drawn of what is there.
 FREE = (
+    "name",
     "pretrain.save_every",
     "sft.save_every",
     "sft.log_every",
@@ -99,7 +100,7 @@ def open_run(
     redone = _redone(stages) if how.fresh else ()
     changed = _require_allowed_changes(run, how, redone)
     if not dry:
-        if any("eval" in _readers(key) for key in changed) and redone:
+        if any("eval" in readers(key) for key in changed) and redone:
             run.forget("eval")
         for stage in reversed(redone):
             run.forget(stage)
@@ -165,7 +166,7 @@ def _require_allowed_changes(run: Run, how: Opening, redone: tuple[str, ...]) ->
         )
     for key in changed:
         done = redone if not redone else (*redone, "eval")
-        stale = [stage for stage in _readers(key) if stage not in done and run.finished(stage)]
+        stale = [stage for stage in readers(key) if stage not in done and run.finished(stage)]
         if stale:
             command = stale[0] if stale[0] in ("sft", "rl", "eval") else "run"
             raise RecipeError(
@@ -176,7 +177,8 @@ def _require_allowed_changes(run: Run, how: Opening, redone: tuple[str, ...]) ->
     return changed
 
 
-def _readers(key: str) -> tuple[str, ...]:
+def readers(key: str) -> tuple[str, ...]:
+    """The stages whose result a key of the recipe changes."""
     return (
         ()
         if key in FREE or key.startswith(tuple(f"{free}." for free in FREE))
@@ -189,7 +191,7 @@ def _accept(run: Run, changed: dict[str, tuple[Any, Any]], say: Callable[[str], 
     if not changed:
         return
     for stage in STAGES:
-        read = [key for key in changed if stage in _readers(key)]
+        read = [key for key in changed if stage in readers(key)]
         if read and not run.finished(stage) and run.begun(stage):
             say(f"{stage}: what was begun under another {', '.join(read)} is dropped; the stage begins again")
             run.forget(stage)

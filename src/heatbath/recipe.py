@@ -16,31 +16,67 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from heatbath.compare_sections import Compare
 from heatbath.errors import RecipeError
 from heatbath.sections import RL, SFT, AnyData, Eval, Recipe, contradictions
+from heatbath.strategies import STRATEGIES, lay
 
-__all__ = ["RL", "SFT", "Eval", "Recipe", "as_toml", "changes", "copy", "find", "load", "parse", "shipped", "surface"]
+__all__ = ["RL", "SFT", "Compare", "Eval", "Recipe", "as_toml", "changes", "comparison", "copy", "find", "load"]
+__all__ += ["parse", "shipped", "surface"]
 SOURCES = {get_args(cls.model_fields["source"].annotation)[0]: cls for cls in get_args(get_args(AnyData)[0])}
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe in a TOML file (or a shipped one by its bare name), with `section.key=value` overrides applied.
 
-    An override of `….objective.name` starts that objective from its own defaults. Raises RecipeError listing every
-    mistake at once.
+    `strategy` lays the tables of a strategy over the file's before any other override. An override of
+    `….objective.name` starts that objective from its own defaults. Raises RecipeError listing every mistake at once.
     """
     file = find(path)
+    table = _read(file, path)
+    table.pop("compare", None)
+    own = table.pop("strategies", {})
+    chosen = table.pop("strategy", None)
+    rest = []
+    for override in overrides or []:
+        key, equals, value = override.partition("=")
+        if key.strip() == "strategy" and equals:
+            chosen = value.strip()
+        else:
+            rest.append(override)
+    if chosen is not None:
+        table = {**lay(table, str(chosen), own if isinstance(own, dict) else {}), "name": str(chosen)}
+    for override in sorted(rest, key=lambda o: not o.partition("=")[0].endswith("objective.name")):
+        _override(table, override)
+    return parse(table, str(file))
+
+
+def comparison(path: str | Path) -> Compare:
+    """The `[compare]` table of a recipe; one of defaults where it has none. Raises RecipeError."""
+    file = find(path)
+    table = _read(file, path).get("compare", {})
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        return Compare.model_validate(table)
+    except ValidationError as error:
+        listed = "".join(f"\n  - compare.{_explain(e)}" for e in error.errors())
+        raise RecipeError(f"mistakes in the [compare] table:{listed}", str(file), "fix the keys named above") from None
+
+
+def strategies_of(path: str | Path) -> list[str]:
+    """The strategies that may be named with this recipe: its own, and those of the package."""
+    own = _read(find(path), path).get("strategies", {})
+    return list(dict.fromkeys([*own, *STRATEGIES]))
+
+
+def _read(file: Path, path: str | Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"cannot read the recipe: {error}", str(path), "heatbath recipes lists the shipped ones"
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"not valid TOML: {error}", str(file), "see https://toml.io") from None
-    for override in sorted(overrides or [], key=lambda o: not o.partition("=")[0].endswith("objective.name")):
-        _override(table, override)
-    return parse(table, str(file))
 
 
 def parse(table: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -95,27 +131,28 @@ def as_toml(recipe: Recipe) -> str:
     top, tables = [], []
     for key, value in recipe.model_dump(mode="json").items():
         if isinstance(value, dict):
-            body = "\n".join(f"{k} = {_literal(v)}" for k, v in value.items() if v is not None)
+            body = "\n".join(f"{k} = {literal(v)}" for k, v in value.items() if v is not None)
             tables.append(f"[{key}]\n{body}")
         elif value is not None:
-            top.append(f"{key} = {_literal(value)}")
+            top.append(f"{key} = {literal(value)}")
     return "\n\n".join(["\n".join(top), *tables]) + "\n"
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # a JSON string is a TOML string
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_key(k)} = {_literal(v)}" for k, v in value.items() if v is not None) + "}"
+        return "{" + ", ".join(f"{_key(k)} = {literal(v)}" for k, v in value.items() if v is not None) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(_literal(v) for v in value) + "]"
+        return "[" + ", ".join(literal(v) for v in value) + "]"
     return repr(value)
 
 
 def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _literal(key)
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else literal(key)
 
 
 def _override(table: dict[str, Any], text: str) -> None:
@@ -141,15 +178,16 @@ def _override(table: dict[str, Any], text: str) -> None:
 
 def changes(before: Recipe, after: Recipe) -> dict[str, tuple[Any, Any]]:
     """Key → (value before, value after) of every key in which two recipes differ."""
-    old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
+    old, new = flat(before.model_dump(mode="json")), flat(after.model_dump(mode="json"))
     return {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
 
 
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Key with its tables → value."""
     out: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
+            out |= flat(value, f"{prefix}{key}.")
         else:
             out[prefix + key] = value
     return out
@@ -222,4 +260,5 @@ def surface() -> list[str]:
                 keys.add(prefix + name)
 
     walk(Recipe, "")
+    walk(Compare, "compare.")
     return sorted(keys)

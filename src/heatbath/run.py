@@ -234,6 +234,10 @@ class Run:
         finite = {k: v for k, v in values.items() if math.isfinite(v)}
         append_jsonl(self.folder / "metrics.jsonl", [{"stage": stage, "step": step, "time": time.time(), **finite}])
 
+    def add_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Appends rows that another run has logged."""
+        append_jsonl(self.folder / "metrics.jsonl", rows)
+
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         return [row for row in read_jsonl(self.folder / "metrics.jsonl") if row["stage"] == stage]
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from heatbath.data_sections import AnyData, Count, Finite, NoData, Positive, Rate, Section, Unit, whole
+from heatbath.eval_sections import Eval
 
 SHIPPED_PREFERENCES = ("sums", "sums-labelled")
 # By method, the default first. TRL's aot and aot_unpaired sort a micro-batch and its sft averages over its tokens, so
@@ -123,7 +124,7 @@ class Lora(Section):
 
 class SFT(Optimizer):
     """The warm start. `batch` and `micro_batch` count sequences: per optimizer step, and per forward pass. `max_steps`
-    ends before `epochs` do.
+    ends before `epochs` do. `splits` is what is learned from: the demonstrations, or also the prompts' solutions.
 
     `reference` is where the base's view comes from: a frozen model (with LoRA the adapters off), or a cache on disk:
     "hidden" states of every token, exact, or its "surprise" at every token and hidden states only where the target
@@ -137,6 +138,7 @@ class SFT(Optimizer):
     reference: Literal["model", "hidden", "surprise"] = "model"
     epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     reduction: Literal["token_mean", "sequence_sum", "microbatch_token_mean"] = "token_mean"
+    splits: Annotated[list[Literal["demos", "prompts"]], Field(min_length=1)] = ["demos"]
     lr: Finite = 1e-5
     epochs: Finite = 6
     max_steps: Positive | None = None
@@ -305,94 +307,6 @@ class RL(Optimizer):
         return self
 
 
-class TaskEntry(Section):
-    """A task of `eval.tasks` with what this recipe asks of it instead of its definition's own or [eval]'s sampling."""
-
-    name: str
-    samples: Positive | None = None
-    k: Annotated[list[Positive], Field(min_length=1)] | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    max_new_tokens: Positive | None = None
-    problems: Positive | None = None
-
-    @field_validator("name")
-    @classmethod
-    def whole_path(cls, value: str) -> str:
-        from heatbath.data.tasks import settled
-
-        return settled(value)
-
-
-class Judge(Section):
-    """The model that rates the answers of judged tasks (mt_bench): its OpenAI-compatible server's address, and its
-    name there. The key is read from the environment variable `key_env`."""
-
-    endpoint: str
-    model: str
-    key_env: str = "OPENAI_API_KEY"
-
-
-class Eval(Section):
-    """Sampling of the test problems and of the `tasks` (`heatbath recipes --tasks` lists them; a file of one's own by
-    its path). `k` are the pass@k reported; each needs `samples` ≥ k. temperature 0 is greedy. `batch` counts prompts;
-    without it as many as fit are sampled at a time.
-
-    A task is sampled as its definition says, else as this table does; an entry { name = "aime24", samples = 64 } comes
-    before both. `problems` takes only the first of each task, `data_dir` is where local copies of the tasks' files lie.
-
-    `engine` is transformers, "vllm", or "api": the OpenAI-compatible server at `endpoint`, where `served` names the
-    model of each policy (only policies named there are sampled).
-    """
-
-    samples: Positive = 8
-    k: Annotated[list[Positive], Field(min_length=1)] = [1, 8]
-    temperature: Annotated[float, Field(ge=0)] = 0.6
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_new_tokens: Positive = 8192
-    batch: Positive | None = None
-    tasks: list[TaskEntry] = []
-    problems: Positive | None = None
-    data_dir: Path | None = None
-    engine: Literal["transformers", "vllm", "api"] = "transformers"
-    endpoint: str | None = None
-    served: dict[Literal["base", "init", "final"], str] = {}
-    judge: Judge | None = None
-
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def shorthand(cls, value: Any) -> Any:
-        entries = value if isinstance(value, list) else [value]
-        return [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
-
-    @field_validator("tasks")
-    @classmethod
-    def distinct(cls, value: list[TaskEntry]) -> list[TaskEntry]:
-        names = [entry.name for entry in value]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"the task '{twice}' is there twice")
-        return value
-
-    @field_validator("data_dir")
-    @classmethod
-    def whole_path(cls, value: Path | None) -> Path | None:
-        return None if value is None else whole(value)
-
-    @model_validator(mode="after")
-    def enough_samples(self) -> Self:
-        if max(self.k) > self.samples:
-            raise ValueError(f"pass@{max(self.k)} needs at least {max(self.k)} samples, not {self.samples}")
-        return self
-
-    @model_validator(mode="after")
-    def served_somewhere(self) -> Self:
-        if self.engine == "api" and (self.endpoint is None or not self.served):
-            raise ValueError('engine = "api" needs endpoint, and served = { base = "its name there" }')
-        if self.engine != "api" and (self.endpoint is not None or self.served):
-            raise ValueError(f'endpoint and served are for engine = "api", not "{self.engine}"')
-        return self
-
-
 class Reward(Section):
     """What a completion earns: the verdict of a grader, and where wished a reward model or functions of one's own.
 
@@ -443,11 +357,12 @@ class Recipe(Section):
     """A whole run. A stage without its table is left out: no `[sft]` is direct RL, no `[rl]` is SFT alone.
     `[preference]` takes the place of `[rl]`.
 
-    `model` is where the base comes from, unless `[pretrain]` makes it. `template` is a chat template for models without
-    one (or instead of theirs): the name of a shipped one, or a Jinja file.
+    `model` is where the base comes from, unless `[pretrain]` makes it. `name` is that of the strategy. `template` is a
+    chat template for models without one (or instead of theirs): the name of a shipped one, or a Jinja file.
     """
 
     model: str | None = None
+    name: str | None = None
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     template: str | None = None

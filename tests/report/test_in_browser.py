@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from written_runs import HOSTILE, PROFILE, logged, shifted, written
 
 from heatbath.report.page import write_report
@@ -100,6 +100,12 @@ def opened(chromium: Browser) -> Iterator[Any]:
     assert noise == [] and set(requests) == set(pages)
 
 
+def open_all(page: Page) -> None:
+    """Opens every problem in the list; each is filled as it opens, after the click has returned."""
+    page.get_by_role("button", name="Open all shown").click()
+    expect(page.locator(".problems details:not(:has(pre))")).to_have_count(0)
+
+
 @pytest.mark.parametrize("width", [1200, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("which", ["one", "four"])
@@ -107,7 +113,7 @@ def test_a_page_fits_is_quiet_and_can_be_read(which: str, width: int, scheme: st
     page = opened(request.getfixturevalue(which), width, color_scheme=scheme)
     assert page.title() == {"one": "GIFT (β = 7.5) warm start, then RL (paper)", "four": "4 runs compared"}[which]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.get_by_role("button", name="Open all shown").click()
+    open_all(page)
     found = page.evaluate(CONTRAST)
     assert len(found) > 300 and found[0][0] >= 4.5, found[:5]
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -117,7 +123,7 @@ def test_a_page_fits_is_quiet_and_can_be_read(which: str, width: int, scheme: st
 @pytest.mark.parametrize("which", ["one", "four"])
 def test_nothing_that_a_model_or_a_user_wrote_becomes_html(which: str, opened, request) -> None:
     page = opened(request.getfixturevalue(which))
-    page.get_by_role("button", name="Open all shown").click()
+    open_all(page)
     shown = page.locator("#browser pre", has_text="document.title").first.text_content()
     assert shown == HOSTILE
     assert page.locator("main img, main b, main i").count() == 0
@@ -195,9 +201,9 @@ def test_the_keyboard_reaches_and_works_everything(one: Path, opened) -> None:
     summary = page.locator(".problems summary").nth(1)
     summary.focus()
     page.keyboard.press("Enter")
-    assert page.locator(".problems details").nth(1).locator("pre").count() == 24
+    expect(page.locator(".problems details").nth(1).locator("pre")).to_have_count(24)  # filled as it is opened
     page.keyboard.press("Enter")
-    assert page.locator(".problems details[open]").count() == 0
+    expect(page.locator(".problems details[open]")).to_have_count(0)
     sort = page.get_by_role("button", name="mean [95 % interval]").first
     sort.focus()
     page.keyboard.press("Space")
@@ -247,7 +253,7 @@ def test_filters_show_what_they_say(one: Path, opened) -> None:
     wanted = [row for row in rows if row["policy"] == "init" and row["status"] == "right"]
     assert counted(page) == (len(wanted), len({row["problem"] for row in wanted}), 20)
     page.locator(".problems summary").first.click()
-    assert page.locator(".problems .badge").all_inner_texts() == ["right"] * 4
+    expect(page.locator(".problems .badge")).to_have_text(["right"] * 4)
 
     page.get_by_role("button", name="Reset").click()
     page.get_by_label("Ended").select_option(label="cut at the limit")

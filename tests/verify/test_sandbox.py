@@ -188,8 +188,9 @@ def test_no_signal_of_a_program_reaches_the_runner(bubblewrap: str) -> None:
 
 
 def test_nothing_survives_the_death_of_the_caller(bubblewrap: str) -> None:
-    script = (
-        f"from heatbath.verify import sandbox\ntext = sandbox._inside() + {MARK!r}\nsandbox._inside = lambda: text\n"
+    script = (  # `available` runs a program of its own first, which is not the one to wait for
+        "from heatbath.verify import sandbox\nassert sandbox.available('bubblewrap') is None\n"
+        f"text = sandbox._inside() + {MARK!r}\nsandbox._inside = lambda: text\n"
         "sandbox.run({'mode': 'eval', 'sources': ['while True: pass']}, sandbox.Limits(50), 'bubblewrap')\n"
     )
     caller = subprocess.Popen([sys.executable, "-c", script])

@@ -41,6 +41,21 @@ def load(data: AnyData, seed: int) -> Splits:
     return splits
 
 
+def of(recipe: Recipe) -> Splits:
+    """What a recipe's stages read: `demos` are what the warm start learns from, `test` the problems that are asked."""
+    splits = load(recipe.data, recipe.seed)
+    if recipe.sft is not None and "prompts" in recipe.sft.splits:
+        lacking = next((row for row in splits.prompts if row.solution is None), None)
+        if lacking is not None:
+            raise DataError("a prompt without a solution", f"data.prompts, {lacking.origin}", 'sft.splits = ["demos"]')
+        demos = splits.demos if "demos" in recipe.sft.splits else []
+        splits = dataclasses.replace(splits, demos=[*demos, *splits.prompts])
+    if recipe.eval.split == "validation":
+        one_each = {row.id: row for row in splits.validation}
+        splits = dataclasses.replace(splits, test=list(one_each.values()))
+    return splits
+
+
 def require(splits: Splits, recipe: Recipe, stages: tuple[str, ...]) -> None:
     """Raises RecipeError or DataError where one of the stages has no table or not enough rows to run."""
     for stage in stages:

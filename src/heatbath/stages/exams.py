@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from heatbath.data import rendering, tasks
 from heatbath.data.rows import Row, Splits
 from heatbath.engines.sampling import Sampling
+from heatbath.eval_sections import TaskEntry
 from heatbath.recipe import Recipe
 from heatbath.run import OWN_TEST
-from heatbath.sections import TaskEntry
 from heatbath.stages.rewards import grader_of
 from heatbath.verify.graders import Grader
 

@@ -71,7 +71,7 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
     from heatbath.data import checks, sources
     from heatbath.stages.rewards import grader_of, require_rewards, require_sandbox
 
-    splits = sources.load(recipe.data, recipe.seed)
+    splits = sources.of(recipe)
     sources.require(splits, recipe, stages)
     tokenizer = tokenizer_of(recipe)
     if "pretrain" in stages and recipe.sft is None:

@@ -199,7 +199,7 @@ class CompletionCollator:
 
 def run_preference(run: Run, recipe: Recipe, progress: Progress) -> None:
     """Trains the start of the recipe on its preferences; writes metrics and the policy `final`."""
-    splits = sources.load(recipe.data, recipe.seed)
+    splits = sources.of(recipe)
     settings = recipe.preference
     assert settings is not None
     rows, notes = preferences.load(recipe, splits.test)

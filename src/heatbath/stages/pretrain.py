@@ -39,7 +39,7 @@ MADE_BY = 1  # raise it when the same recipe would give another model: cached on
 
 def run_pretrain(run: Run, recipe: Recipe, progress: Progress) -> None:
     """Makes the policy `base` of a recipe with a [pretrain] table, or takes it from the cache if it was made before."""
-    splits = sources.load(recipe.data, recipe.seed)
+    splits = sources.of(recipe)
     sources.require(splits, recipe, ("pretrain",))
     cached = cached_folder(recipe, splits.demos)
     cached.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def cached_folder(recipe: Recipe, corpus: list[Row]) -> Path:
 def tiny_folder() -> Path:
     """Where the tiny base is kept, made or not."""
     recipe = recipes.load("base-tiny")
-    return cached_folder(recipe, sources.load(recipe.data, recipe.seed).demos)
+    return cached_folder(recipe, sources.of(recipe).demos)
 
 
 def tiny_base(progress: Progress | None = None) -> Path:

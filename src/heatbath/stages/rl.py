@@ -36,7 +36,7 @@ from heatbath.stages.training import ADAPTER, log_to_run, lora_config, optimizer
 
 def run_rl(run: Run, recipe: Recipe, progress: Progress) -> None:
     """Trains the start of the recipe with verifiable rewards; writes metrics and the policy `final`."""
-    splits = sources.load(recipe.data, recipe.seed)
+    splits = sources.of(recipe)
     sources.require(splits, recipe, ("rl",))
     settings = recipe.rl
     assert settings is not None

@@ -40,7 +40,7 @@ from heatbath.stages.training import (
 
 def run_sft(run: Run, recipe: Recipe, progress: Progress) -> None:
     """Trains the base of the recipe on its demonstrations; writes metrics, surprise.json and the policy `init`."""
-    splits = sources.load(recipe.data, recipe.seed)
+    splits = sources.of(recipe)
     sources.require(splits, recipe, ("sft",))
     settings, start = recipe.sft, run.model_of("base")
     assert settings is not None

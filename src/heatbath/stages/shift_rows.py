@@ -57,7 +57,7 @@ class Sequences:
 
 def demonstrations(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, settings: Settings, source: str) -> Sequences:
     """The demonstrations of a split as the loss sees them. Raises DataError where there are none."""
-    rows = [row for row in getattr(sources.load(recipe.data, recipe.seed), settings.split) if row.solution is not None]
+    rows = [row for row in getattr(sources.of(recipe), settings.split) if row.solution is not None]
     if not rows:
         raise DataError(
             f"there are no {settings.split} demonstrations to compare the models on",
@@ -77,7 +77,7 @@ def samples(run: Run, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, settin
     if not drawn:
         what = f"the run holds no samples of '{policy}' on its own problems"
         raise RunError(what, source, "heatbath eval draws them")
-    questions = {row.id: row for row in sources.load(recipe.data, recipe.seed).test}
+    questions = {row.id: row for row in sources.of(recipe).test}
     first, longest = _first([row["problem"] for row in drawn], settings.problems), _longest(recipe, settings)
     made, problems, anew = [], [], 0
     for sample in (row for row in drawn if row["problem"] in first):

@@ -36,7 +36,7 @@ def run_surprise(recipe: Recipe, folder: Path, command: str, progress: Progress)
     if is_run(folder):
         raise RecipeError("the folder holds a run, whose own profile would be lost", "--out", "name another folder")
     assert recipe.sft is not None
-    splits = sources.load(recipe.data, recipe.seed)
+    splits = sources.of(recipe)
     sources.require(splits, recipe, ("sft",))
     tokenizer = models.load_tokenizer(recipe.model, recipe.template)
     demos = checks.rendered(tokenizer, splits.demos, recipe, "demos")

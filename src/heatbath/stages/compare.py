@@ -1,0 +1,352 @@
+"""Strategies × seeds: every cell a run of its own, then one table with intervals and what the data do not decide.
+
+A setting that is to be tuned is tuned first, with the same number of trials as every other. Cells that are done are
+kept, interrupted ones go on, and several processes (or machines that share the folder) may work on one comparison.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from heatbath.compare_sections import Compare
+from heatbath.errors import HeatbathError, RecipeError, RunError
+from heatbath.opening import Opening, open_run
+from heatbath.progress import Progress
+from heatbath.recipe import Recipe, strategies_of
+from heatbath.run import Run, is_run, write_atomically
+from heatbath.stages import grid
+from heatbath.stages.grid import Cell
+
+CHOSEN = "chosen.json"  # what tuning has settled on
+UNMEASURED = ".unmeasured"  # stands in the folder of a cell until its shift is measured
+DONE, FAILED, BUSY, STOPPED = 0, 1, 75, 130  # how a cell's process ends
+PATIENCE_SECONDS = 5.0  # before a cell that another process works on is asked for again
+PRELOADED = ["heatbath.stages.preloaded"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared and where: the recipe's path, its [compare] table, overrides common to all cells, the folder."""
+
+    path: str
+    plan: Compare
+    overrides: tuple[str, ...]
+    out: Path
+
+    def tuning(self) -> list[Cell]:
+        return grid.tuning_cells(self.plan, self.overrides, self.out)
+
+    def cells(self) -> list[Cell]:
+        """Those that are compared, under what tuning found."""
+        return grid.cells(self.plan, self.overrides, self.out, self.chosen())
+
+    def chosen(self) -> dict[str, list[str]]:
+        """Setting → overrides that tuning settled on, as far as it did."""
+        path = self.out / CHOSEN
+        if self.plan.tune is None or not path.is_file():
+            return {}
+        found: dict[str, list[str]] = json.loads(path.read_text())["overrides"]
+        return found
+
+    def every(self) -> list[Cell]:
+        return [*self.tuning(), *self.cells()]
+
+
+def run_compare(
+    comparison: Comparison, *, jobs: int = 1, only: Sequence[int] = (), progress: Progress
+) -> dict[str, Any]:
+    """Runs the cells that are not done, `jobs` at a time, and returns the content of compare.json. `only` are numbers
+    of cells as `listed` counts them.
+
+    A failed cell is told and left; the others go on. Raises RunError at the end where cells failed.
+    """
+    from heatbath.report.grid_page import write_page
+
+    check(comparison)
+    comparison.out.mkdir(parents=True, exist_ok=True)
+    _same_comparison(comparison)
+    wanted = _numbered(comparison, only)
+    tuning = [cell for cell in comparison.tuning() if only == () or cell.folder in wanted]
+    failed = _run_all(comparison, tuning, jobs, "tuning", progress)
+    if comparison.plan.tune is not None and not failed:
+        _choose(comparison, only, progress)
+    cells = [cell for cell in comparison.cells() if only == () or cell.folder in wanted]
+    if comparison.plan.tune is None or comparison.chosen():
+        failed |= _run_all(comparison, cells, jobs, "cells", progress)
+    written = write_page(summary_of(comparison), comparison.out)
+    progress.say(f"page: {written['html']}")
+    if failed:
+        listed = "".join(f"\n  - {cell.name}: {why}" for cell, why in failed.items())
+        where = str(log_of(next(iter(failed))))
+        raise RunError(f"{len(failed)} cells failed:{listed}", where, "mend what it says; the same command goes on")
+    found: dict[str, Any] = json.loads(written["json"].read_text())
+    return found
+
+
+def check(comparison: Comparison) -> dict[Cell, Recipe]:
+    """The recipe of every cell, each checked with its data before anything is trained. Raises RecipeError or
+    DataError."""
+    from heatbath.stages import pipeline
+
+    recipes = grid.require(comparison.plan, comparison.path, comparison.every(), strategies_of(comparison.path))
+    told = set()
+    for cell, recipe in recipes.items():
+        if recipe.preference is None and recipe.rl is None and recipe.sft is None and not recipe.eval.tasks:
+            told.add(cell.setting)
+        if cell.seed == comparison.plan.seeds[0] and not cell.trial:
+            pipeline.check(recipe, pipeline.stages_of(recipe))
+    return recipes
+
+
+def listed(comparison: Comparison) -> list[dict[str, Any]]:
+    """Number, name, folder, state and command of every cell: what a scheduler needs."""
+    rows = []
+    for number, cell in enumerate(comparison.every(), 1):
+        command = ["heatbath", "run", comparison.path, *cell.overrides, "--out", str(cell.folder)]
+        state = "done" if _done(cell) else "begun" if is_run(cell.folder) else "to do"
+        rows.append(
+            {"number": number, "cell": cell.name, "folder": str(cell.folder), "state": state, "command": command}
+        )
+    return rows
+
+
+def shown(cells: Sequence[dict[str, Any]]) -> str:
+    """The list as text."""
+    lines = [f"{c['number']:4} {c['state']:6} {c['cell']:40} {c['folder']}" for c in cells]
+    return "\n".join(
+        [*lines, "--cell NUMBER runs one; or by itself, for example the last:", shlex.join(cells[-1]["command"])]
+    )
+
+
+def summary_of(comparison: Comparison) -> dict[str, Any]:
+    """The numbers of the cells that are done."""
+    from heatbath.stages import grid_summary
+
+    runs: dict[str, dict[int, Run]] = {}
+    for cell in comparison.cells():
+        runs.setdefault(cell.setting, {})
+        if _done(cell):
+            runs[cell.setting][cell.seed] = Run.read(cell.folder)
+    found = grid_summary.summarise(runs, comparison.plan.baseline)
+    asked = sum(len(comparison.plan.seeds) for _ in runs)
+    tuned = json.loads((comparison.out / CHOSEN).read_text()) if comparison.chosen() else None
+    facts = {"recipe": comparison.path, "overrides": list(comparison.overrides), "seeds": comparison.plan.seeds}
+    return {**facts, "vary": comparison.plan.vary, "cells": asked, "tuned": tuned, **found}
+
+
+def _numbered(comparison: Comparison, only: Sequence[int]) -> set[Path]:
+    every = comparison.every()
+    if wrong := next((number for number in only if not 1 <= number <= len(every)), None):
+        raise RecipeError(
+            f"there is no cell {wrong}", "--cell", f"cells go from 1 to {len(every)}; --dry-run lists them"
+        )
+    return {every[number - 1].folder for number in only}
+
+
+def _same_comparison(comparison: Comparison) -> None:
+    """Raises RecipeError where the folder holds a comparison of other settings than those asked for."""
+    path = comparison.out / "comparison.json"
+    now = {"recipe": Path(comparison.path).name, "overrides": list(comparison.overrides)}
+    if path.is_file() and json.loads(path.read_text()) != now:
+        raise RecipeError("the folder holds another comparison", str(comparison.out), "choose another --out")
+    if not path.is_file() and any(comparison.out.iterdir()):
+        raise RecipeError("the folder holds something else", str(comparison.out), "choose another --out")
+    write_atomically(path, json.dumps(now) + "\n")
+
+
+def _choose(comparison: Comparison, only: Sequence[int], progress: Progress) -> None:
+    """Settles what tuning found, once all of its trials are there."""
+    tune = comparison.plan.tune
+    assert tune is not None
+    scores = {cell: _score(cell, tune.k) for cell in comparison.tuning()}
+    if only and None in scores.values():
+        return  # somebody else's cells are not there yet
+    best = grid.candidates(scores)
+    overrides = {}
+    for name, trial in best.items():
+        overrides[name] = list(grid.settings(tune.grids.get(name, tune.grid))[trial])
+    tried = [{"setting": c.setting, "trial": c.trial, "seed": c.seed, "score": s} for c, s in scores.items()]
+    write_atomically(
+        comparison.out / CHOSEN,
+        json.dumps({"k": tune.k, "trials": best, "overrides": overrides, "tried": tried}, indent=1, ensure_ascii=False)
+        + "\n",
+    )
+    progress.say("tuned: " + "; ".join(f"{name}: {trial}" for name, trial in best.items()))
+
+
+def _score(cell: Cell, k: int) -> float | None:
+    """pass@k of the last policy of a tuning cell; None where it is not done."""
+    if not _done(cell):
+        return None
+    results = Run.read(cell.folder).read_json("results.json")
+    last = list(results["policies"].values())[-1]
+    score: float = last["pass"][str(k)]["mean"]
+    return score
+
+
+def _done(cell: Cell) -> bool:
+    return is_run(cell.folder) and (cell.folder / "results.json").is_file() and not (cell.folder / UNMEASURED).exists()
+
+
+def _run_all(
+    comparison: Comparison, cells: Sequence[Cell], jobs: int, title: str, progress: Progress
+) -> dict[Cell, str]:
+    """Runs what is not done, in processes of their own; returns the cells that failed, and why."""
+    todo = [cell for cell in cells if not _done(cell)]
+    if not todo:
+        return {}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    siblings = [cell.folder for cell in comparison.every()]
+    running: dict[BaseProcess, tuple[Cell, int]] = {}
+    failed: dict[Cell, str] = {}
+    busy: dict[Cell, float] = {}
+    finished = len(cells) - len(todo)
+    with progress.bar(title, len(cells)), _all_ended(running):
+        while todo or running or busy:
+            todo += [cell for cell, at in busy.items() if at <= time.monotonic()]
+            busy = {cell: at for cell, at in busy.items() if cell not in todo}
+            while todo and len(running) < jobs:
+                cell = todo.pop(0)
+                slot = min(set(range(jobs)) - {used for _, used in running.values()})
+                arguments = (comparison.path, cell, siblings, slot, jobs, comparison.plan.shift)
+                process = context.Process(target=run_cell, args=arguments, name=cell.name)
+                process.start()
+                running[process] = (cell, slot)
+            if not running:
+                time.sleep(0.2)
+                continue
+            wait([process.sentinel for process in running], timeout=1.0)
+            for process in [process for process in running if process.exitcode is not None]:
+                cell, _ = running.pop(process)
+                if process.exitcode == BUSY:
+                    busy[cell] = time.monotonic() + PATIENCE_SECONDS
+                    continue
+                if process.exitcode != DONE:
+                    failed[cell] = _why(cell, process.exitcode)
+                    progress.say(f"{cell.name} failed: {failed[cell]}")
+                finished += 1
+                progress.update(finished, cell.name)
+    return failed
+
+
+@contextlib.contextmanager
+def _all_ended(running: dict[BaseProcess, tuple[Cell, int]]) -> Any:
+    """However the block ends, no cell is left running: each is asked to save, and waited for."""
+    try:
+        yield
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.join(60)
+            process.kill()
+
+
+def log_of(cell: Cell) -> Path:
+    """What a cell said, beside its folder."""
+    return cell.folder.with_name(f"{cell.folder.name}.log")
+
+
+def _why(cell: Cell, code: int | None) -> str:
+    path = log_of(cell)
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.is_file() else []
+    said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+    return f"{said.removeprefix('error: ')} (exit {code})"
+
+
+def run_cell(path: str, cell: Cell, siblings: Sequence[Path], slot: int, jobs: int, shift: bool) -> None:
+    """One cell, in a process of its own: what it says goes to its log. Ends the process."""
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells all; the parent then ends us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    cell.folder.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(log_of(cell), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = FAILED
+    try:
+        _limit(slot, jobs)
+        code = _work(cell.recipe(path), cell, siblings, shift)
+    except KeyboardInterrupt:
+        code = STOPPED
+    except HeatbathError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except Exception:  # noqa: BLE001 - a process edge: it is told in the log, and the other cells go on
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _work(recipe: Recipe, cell: Cell, siblings: Sequence[Path], shift: bool) -> int:
+    from heatbath.stages import pipeline
+    from heatbath.stages.evaluate import run_evaluation
+
+    progress = Progress()
+    stages = pipeline.stages_of(recipe)
+    try:
+        with Run(cell.folder, recipe).locked():
+            _mark(cell, shift)
+            run = open_run(cell.folder, recipe, stages, Opening(resume=True), whole=True, say=progress.say)
+            for taken in grid.adopt(run, siblings):
+                progress.say(f"taken: {taken}")
+            for stage in stages:
+                if stage != "eval" and not run.finished(stage):
+                    pipeline.run_stage(stage, run, recipe, progress)
+            run_evaluation(run, recipe, progress)
+            if shift and len(run.policies) > 1:
+                _measure_shift(run, progress)
+            (cell.folder / UNMEASURED).unlink(missing_ok=True)
+    except RunError as error:
+        if "another process" in str(error):
+            return BUSY
+        raise
+    return DONE
+
+
+def _mark(cell: Cell, shift: bool) -> None:
+    """The cell is not done before its shift is measured, where that is wanted."""
+    if shift and not (cell.folder / "shift.json").is_file():
+        (cell.folder / UNMEASURED).touch()
+
+
+def _measure_shift(run: Run, progress: Progress) -> None:
+    from heatbath.stages.shift import run_shift
+    from heatbath.stages.shift_settings import parse
+
+    run_shift([str(run.folder)], parse([], "demos"), progress=progress)
+
+
+def _limit(slot: int, jobs: int) -> None:
+    """Each of several cells at a time has its share of the cores, and a device of its own where there are several."""
+    import torch
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    if (devices := torch.cuda.device_count()) > 1 and jobs > 1:
+        torch.cuda.set_device(slot % devices)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt

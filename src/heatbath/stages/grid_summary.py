@@ -1,0 +1,241 @@
+"""What the cells of a comparison say together: scores of every setting over seeds and problems, paired differences,
+and which of them the data decide.
+
+A score is a mean over S seeds × Q problems; its interval is for other seeds and other problems of the same kind
+(`ideas.intervals.crossed`). A difference is paired in both: the same seed, the same problem.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from heatbath.errors import RunError
+from heatbath.ideas.intervals import Crossed, Floats, crossed, holm
+from heatbath.ideas.passk import pass_at_k
+from heatbath.report import costs
+from heatbath.run import OWN_TEST, Run
+from heatbath.stages import scoring
+
+Runs = Mapping[str, Mapping[int, Run]]  # setting → seed → run
+LEVEL = 0.05
+SHIFT = ("cosine", "l2", "kl_from_to", "kl_to_from", "entropy_to")  # of shift.json
+
+
+def summarise(runs: Runs, baseline: str | None) -> dict[str, Any]:
+    """Settings with their scores at every policy and task, differences to the baseline and between the others, learning
+    curves, losses of each epoch, shift and cost. Settings without a finished cell have no scores."""
+    done = {name: dict(sorted(own.items())) for name, own in runs.items()}
+    settings = {name: _setting(own) for name, own in done.items()}
+    first = baseline if baseline is not None else next(iter(runs), None)
+    tasks = list(dict.fromkeys(task for own in settings.values() for task in own["tasks"]))
+    values = {name: {task: _values(own, task) for task in tasks} for name, own in done.items()}
+    compared = {}
+    for task in tasks:
+        ends = {name: found[task] for name, found in values.items() if found[task]}
+        compared[task] = _compared(ends, first)
+    return {"baseline": first, "settings": settings, "differences": compared}
+
+
+def _setting(runs: Mapping[int, Run]) -> dict[str, Any]:
+    scores: dict[str, dict[str, Any]] = {}
+    for task in _tasks(runs):
+        values = _values(runs, task)
+        scores[task] = {policy: {str(k): _numbers(x) for k, x in ks.items()} for policy, (_, ks) in values.items()}
+    return {
+        "seeds": list(runs),
+        "tasks": scores,
+        "last": _last(runs),
+        "readiness": [_informative(run) for run in runs.values()],
+        "truncated": _truncated(runs),
+        "curve": curves(runs, "rl", "held_out/right"),
+        "validation": curves(runs, "sft", "val/nll"),
+        "shift": shifts(runs),
+        "cost": cost(runs),
+    }
+
+
+def _numbers(values: Floats) -> dict[str, Any]:
+    """Of [S, Q]: mean with interval, the mean of each seed, and what seeds and problems contribute to the error."""
+    found = crossed(values, bounds=(0.0, 1.0))
+    parts = {"of_seeds": found.of_trainings, "of_problems": found.of_questions}
+    each = {key: None if math.isnan(value) else value for key, value in parts.items()}
+    return found.estimate.numbers() | {"seeds": values.mean(axis=1).tolist(), "problems": values.shape[1]} | each
+
+
+def _tasks(runs: Mapping[int, Run]) -> list[str]:
+    found = []
+    for run in runs.values():
+        results = run.read_json("results.json")
+        own = [OWN_TEST] if results["policies"] else []
+        found += own + [name for name, part in results["tasks"].items() if part.get("kind") != "judge"]
+    return list(dict.fromkeys(found))
+
+
+Values = dict[str, tuple[list[int], dict[int, Floats]]]  # policy → seeds, and k → values [S, Q]
+
+
+def _values(runs: Mapping[int, Run], task: str) -> Values:
+    """pass@k of every problem in every seed, by policy. Raises RunError where seeds were asked different problems."""
+    found: dict[str, dict[int, Any]] = {}
+    asked: dict[str, list[str]] = {}
+    for seed, run in runs.items():
+        results = run.read_json("results.json")
+        part = results if task == OWN_TEST else results["tasks"].get(task)
+        if part is None:
+            continue
+        for policy, scores in part["policies"].items():
+            problems, n, right = scoring.per_problem(run.samples(policy, task))
+            if asked.setdefault(policy, problems) != problems:
+                raise RunError("the cells were not asked the same problems", str(run.folder), "evaluate them alike")
+            ks = [int(k) for k in scores["pass"]]
+            found.setdefault(policy, {})[seed] = {k: pass_at_k(right, n, k) for k in ks}
+    out: Values = {}
+    for policy, by_seed in found.items():
+        shared = sorted(set.intersection(*(set(ks) for ks in by_seed.values())))
+        out[policy] = (list(by_seed), {k: np.stack([ks[k] for ks in by_seed.values()]) for k in shared})
+    return out
+
+
+def _last(runs: Mapping[int, Run]) -> str | None:
+    """The policy that a setting ends with."""
+    return next((run.policies[-1] for run in runs.values()), None)
+
+
+def _compared(values: Mapping[str, Values], baseline: str | None) -> list[dict[str, Any]]:
+    """Differences of the last policies, first to the baseline, then between the others; `p_holm` within each k and each
+    of the two families."""
+    names = list(values)
+    rows: list[dict[str, Any]] = []
+    for a, b in itertools.combinations(names, 2):
+        first, second = (b, a) if b == baseline else (a, b)
+        (seeds_a, ks_a), (seeds_b, ks_b) = (list(values[name].values())[-1] for name in (first, second))
+        seeds = [seed for seed in seeds_a if seed in seeds_b]
+        for k in [k for k in ks_a if k in ks_b] if seeds else ():
+            before = ks_a[k][[seeds_a.index(seed) for seed in seeds]]
+            after = ks_b[k][[seeds_b.index(seed) for seed in seeds]]
+            if before.shape != after.shape:
+                continue
+            row = {"from": first, "to": second, "k": k, "seeds": seeds, "to_baseline": first == baseline}
+            rows.append(row | _difference(crossed(after - before), after - before))
+    for k, family in itertools.product(sorted({row["k"] for row in rows}), (True, False)):
+        own = [row for row in rows if row["k"] == k and row["to_baseline"] == family and row["p"] is not None]
+        for row, p in zip(own, holm([row["p"] for row in own]) if own else (), strict=True):
+            row["p_holm"] = float(p)
+    return sorted(rows, key=lambda row: not row["to_baseline"])
+
+
+def _difference(found: Crossed, values: Floats) -> dict[str, Any]:
+    numbers = {"p": found.p, "mde": found.mde, "of_seeds": found.of_trainings, "of_problems": found.of_questions}
+    known = {key: None if math.isnan(value) else value for key, value in numbers.items()}
+    return found.estimate.numbers() | known | {"each": values.mean(axis=1).tolist(), "problems": values.shape[1]}
+
+
+def decided(row: Mapping[str, Any]) -> bool:
+    """Whether a difference is one, also after correction for how many were looked at."""
+    p = row.get("p_holm", row.get("p"))
+    return p is not None and p <= LEVEL
+
+
+def verdict(found: Mapping[str, Any], task: str = OWN_TEST) -> list[str]:
+    """Sentences on the first k: what is better or worse than the baseline, and whether one setting is ahead of all."""
+    rows = found["differences"].get(task, [])
+    if not rows:
+        return ["Nothing can be compared yet."]
+    k, baseline = min(row["k"] for row in rows), found["baseline"]
+    own = [row for row in rows if row["k"] == k and row["to_baseline"]]
+    if all(row["p"] is None for row in own):
+        return ["One seed: how far another training of the same setting would lie from these is unknown."]
+    said = []
+    for word, sign in (("better", 1), ("worse", -1)):
+        names = [f"{row['to']} ({_signed(row['mean'])})" for row in own if decided(row) and row["mean"] * sign > 0]
+        if names:
+            said.append(f"At pass@{k} {word} than {baseline}: {', '.join(names)}.")
+    open_ = [row["to"] for row in own if not decided(row)]
+    if open_:
+        least = max((row["mde"] or 0.0) for row in own if row["to"] in open_)
+        said.append(
+            f"Not decided against {baseline}: {', '.join(open_)}; differences up to {least:.3f} would be missed."
+        )
+    return [*said, _ahead(found, rows, k, task)]
+
+
+def _ahead(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], k: int, task: str) -> str:
+    """Whether the highest setting is ahead of every other."""
+    scores = {}
+    for name, own in found["settings"].items():
+        if policies := own["tasks"].get(task):
+            last = list(policies.values())[-1]
+            scores[name] = last[str(k)]["mean"]
+    best = max(scores, key=lambda name: scores[name])
+    against = [row for row in rows if row["k"] == k and best in (row["from"], row["to"])]
+    level = [row["from"] if row["to"] == best else row["to"] for row in against if not decided(row)]
+    if not level:
+        return f"{best} is ahead of every other setting."
+    return (
+        f"The highest mean is that of {best}, which these data do not tell from {', '.join(level)}: no ranking of them."
+    )
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def curves(runs: Mapping[int, Run], stage: str, column: str) -> list[list[Any]]:
+    """Step, or for a loss of validation the epoch, and the value in every seed, of the rows that all seeds have."""
+    at = "epoch" if stage == "sft" else "step"
+    found: list[dict[float, float]] = []
+    for run in runs.values():
+        rows = [row for row in run.metrics(stage) if column in row]
+        found.append({float(row.get(at, row["step"])): float(row[column]) for row in rows})
+    steps = sorted(set.intersection(*(set(one) for one in found))) if found else []
+    return [[step, [one[step] for one in found]] for step in steps]
+
+
+def shifts(runs: Mapping[int, Run]) -> dict[str, dict[str, list[float]]]:
+    """Transition → measure → the mean over sequences in every seed that has measured it; top-K overlaps by their K."""
+    out: dict[str, dict[str, list[float]]] = {}
+    for run in runs.values():
+        for measured in (run.read_json("shift.json") or {}).get("transitions", []):
+            arrow = out.setdefault(f"{measured['from']} → {measured['to']}", {})
+            flat = {name: measured[name] for name in SHIFT} | {f"top-{k}": o for k, o in measured["overlap"].items()}
+            for name, value in flat.items():
+                arrow.setdefault(name, []).append(value["mean"])
+    return out
+
+
+def cost(runs: Mapping[int, Run]) -> dict[str, dict[str, float]]:
+    """Stage → mean seconds and tokens of a cell; what a cell took over from another counts as its own."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for run in runs.values():
+        samples = run.samples()
+        for stage, _, seconds, tokens, _ in costs.stage_rows(run, samples)[1:]:
+            found.setdefault(stage, []).append((_number(seconds), _number(tokens)))
+    return {
+        stage: {"seconds": float(np.mean([s for s, _ in own])), "tokens": float(np.mean([t for _, t in own]))}
+        for stage, own in found.items()
+    }
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text.replace("≈", "").replace(",", ""))
+    except ValueError:
+        return 0.0
+
+
+def _informative(run: Run) -> float | None:
+    found = run.read_json("readiness.json")
+    return None if found is None else found.get("informative_share", {}).get("mean")
+
+
+def _truncated(runs: Mapping[int, Run]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for run in runs.values():
+        for policy, scores in run.read_json("results.json")["policies"].items():
+            found.setdefault(policy, []).append(scores["truncated_share"])
+    return {policy: float(np.mean(own)) for policy, own in found.items()}
