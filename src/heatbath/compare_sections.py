@@ -28,10 +28,11 @@ class Tune(Section):
     """How each setting of a comparison finds what is not compared, its learning rate for example: every combination of
     the values in `grid` is run with `seeds`, and the one with the best pass@`k` of the validation problems after the
     last stage is taken. `grids` are those of settings that need other keys; all must be of one size, so that none has
-    more trials than another."""
+    more trials than another. `overrides` are keys that trials have otherwise, to make them shorter."""
 
     grid: Grid
     grids: dict[str, Grid] = {}
+    overrides: dict[str, Any] = {}
     seeds: Seeds = [100]
     k: Positive = 1
 

@@ -397,7 +397,9 @@ def contradictions(table: dict[str, Any]) -> list[str]:
         found.append("preference: [preference] and [rl] both make the policy 'final'; leave out one of them")
     data = table.get("data")
     if isinstance(data, dict) and data.get("source") in ("files", "hub"):
-        for stage, split in (("pretrain", "demos"), ("sft", "demos"), ("rl", "prompts")):
+        sft = table.get("sft")
+        learned = sft.get("splits", ["demos"]) if isinstance(sft, dict) else ["demos"]
+        for stage, split in (("pretrain", "demos"), *(("sft", split) for split in learned), ("rl", "prompts")):
             given = data.get(split) != 0 if data.get(f"{split}_from") else bool(data.get(split))
             if stage in table and not given:
                 found.append(f"data: the {stage} stage reads data.{split}, and the recipe gives it no row")

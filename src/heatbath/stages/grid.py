@@ -87,9 +87,10 @@ def tuning_cells(plan: Compare, overrides: Sequence[str], out: Path) -> list[Cel
     if plan.tune is None:
         return []
     found = []
+    shorter = [override(key, value) for key, value in plan.tune.overrides.items()]
     for seed, (name, own) in itertools.product(plan.tune.seeds, settings(plan.vary).items()):
         for trial, tried in settings(plan.tune.grids.get(name, plan.tune.grid)).items():
-            asked = (*overrides, *own, *tried, 'eval.split="validation"', f"seed={seed}")
+            asked = (*overrides, *own, *shorter, *tried, "eval.split=validation", f"seed={seed}")
             folder = out / "tuning" / slug(name) / slug(trial) / f"{seed}"
             found.append(Cell(name, seed, asked, folder, trial))
     return found
