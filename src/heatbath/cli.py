@@ -131,6 +131,7 @@ def compare(
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="The setting that others are held against.")
     ] = None,
+    no_tune: Annotated[bool, typer.Option("--no-tune", help="Take the recipe's own numbers, tune nothing.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Cells at a time.")] = 1,
     cell: Annotated[list[int] | None, typer.Option("--cell", help="Only the cell of that number.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and their commands; run nothing.")] = False,
@@ -147,6 +148,7 @@ def compare(
 
     numbers = grid.parse_seeds(seeds) if seeds is not None else None
     plan = grid.with_options(comparison(recipe), grid.parse_vary(vary or []), numbers, baseline)
+    plan = plan.model_copy(update={"tune": None}) if no_tune else plan
     folder = out or Path("runs") / f"{Path(recipe).stem}-compare"
     asked = stage.Comparison(recipe, plan, tuple(overrides or ()), folder)
     if dry_run:
