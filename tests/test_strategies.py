@@ -10,7 +10,8 @@ from heatbath.errors import DataError, RecipeError
 from heatbath.recipe import load
 from heatbath.strategies import STRATEGIES, lay, listed, shown
 
-TABLE_1 = """direct-sft direct-rl luffy relift sft sft-entropy sft-label-smoothing sft-kd dft asft psft gift""".split()
+TABLE_1 = ["direct-sft", "direct-rl", "luffy", "relift", "sft", "sft-entropy", "sft-label-smoothing", "sft-kd"]
+TABLE_1 += ["dft", "asft", "psft", "gift"]
 RECIPE = """
 model = "m"
 [data]

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
-from written_runs import RECIPE, logged, sample, shifted, written
 
 from heatbath import cli
 from heatbath.errors import RecipeError
 from heatbath.report import comparison
 from heatbath.report.runs_page import write_comparison
 from heatbath.run import Run
+from written_runs import RECIPE, logged, sample, shifted, written
 
 
 def ended(

@@ -7,10 +7,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from written_runs import shifted
 
 from heatbath.report import drawing, profile_figures, score_figures, scores, training_figures
 from heatbath.report.drawing import POLICY_LOOKS, run_looks, spread, swatch, thinned
+from written_runs import shifted
 
 STYLE = files("heatbath.report").joinpath("style.css").read_text("utf-8")
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB: none, protanopia, deuteranopia, tritanopia.

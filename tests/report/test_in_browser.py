@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from written_runs import HOSTILE, PROFILE, logged, shifted, written
 
 from heatbath.report.page import write_report
 from heatbath.report.runs_page import write_comparison
 from heatbath.run import Run
+from written_runs import HOSTILE, PROFILE, logged, shifted, written
 
 SHARES = {"base": 1, "init": 3, "final": 5}
 # Every text that is seen, with the colours of itself and of what lies behind it, over transparent layers.

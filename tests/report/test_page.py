@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
-from written_runs import PROFILE, RECIPE, logged, sample, shifted, written
 
 from heatbath import recipe as recipes
 from heatbath.report.page import write_report
 from heatbath.report.tables import difference_rows, markdown, markdown_results, minus, numeric, results_rows
 from heatbath.run import Run
+from written_runs import PROFILE, RECIPE, logged, sample, shifted, written
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from written_runs import HOSTILE, sample, written
 
 from heatbath.report import browser
 from heatbath.report.browser import EXCERPT, Voice, as_json, cut, embedded, examples, told, voices
 from heatbath.report.page import write_report
 from heatbath.report.runs_page import write_comparison
+from written_runs import HOSTILE, sample, written
 
 
 def unpacked(data: dict[str, Any]) -> list[tuple[Any, ...]]:

@@ -5,7 +5,6 @@ import re
 import numpy as np
 import pytest
 from markupsafe import escape
-from written_runs import HOSTILE, PROFILE
 
 from conftest import small_tokenizer
 from heatbath.data.rendering import IGNORE, Rendered
@@ -14,6 +13,7 @@ from heatbath.ideas.objectives import objective
 from heatbath.report.rendering import rendered
 from heatbath.report.surprise_section import note, section
 from heatbath.surprise import CONTEXT, EXAMPLE_TOKENS, profile
+from written_runs import HOSTILE, PROFILE
 
 V = 100
 

@@ -276,7 +276,7 @@ def run_cell(path: str, cell: Cell, siblings: Sequence[Path], slot: int, jobs: i
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells all; the parent then ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     cell.folder.parent.mkdir(parents=True, exist_ok=True)
-    log = os.open(log_of(cell), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(log_of(cell), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     code = FAILED

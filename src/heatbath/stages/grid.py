@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from heatbath import recipe as recipes
 from heatbath.compare_sections import Compare, Grid
 from heatbath.errors import RecipeError, RunError
@@ -233,5 +235,6 @@ def with_options(plan: Compare, vary: Grid, seeds: list[int] | None, baseline: s
         changed["baseline"] = None
     try:
         return Compare.model_validate(plan.model_dump() | changed)
-    except ValueError as error:
-        raise RecipeError(str(error).splitlines()[2].strip(), "command line", "change --vary or --seeds") from None
+    except ValidationError as error:
+        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise RecipeError(said, "command line", "change --vary or --seeds") from None

@@ -1,0 +1,266 @@
+"""`heatbath compare` as a user runs it: real cells, shared work, kills, failures, and a table that can be checked."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from heatbath import samples
+from mistakes import call
+
+RECIPE = """
+model = "{base}"
+precision = "fp32"
+[data]
+source = "arithmetic"
+demos = 16
+validation = 5
+prompts = 8
+test = 6
+[sft]
+lr = 3e-3
+epochs = 1
+batch = 8
+micro_batch = 8
+[rl]
+lr = 1e-3
+prompts = 4
+update_prompts = 4
+group_size = 4
+micro_batch = 16
+max_new_tokens = 8
+readiness = 4
+eval_every = 1
+eval_prompts = 6
+[eval]
+samples = 4
+k = [1, 4]
+temperature = 1.0
+max_new_tokens = 8
+[strategies.gift.sft.objective]
+beta = 4.0
+[compare]
+vary = {{ strategy = ["direct-rl", "sft", "gift"] }}
+seeds = [0, 1]
+shift = true
+"""
+TUNE = """
+[compare.tune]
+seeds = [9]
+grid = { "sft.lr" = [1e-9, 3e-3] }
+grids = { "direct-rl" = { "rl.lr" = [1e-9, 1e-3] } }
+overrides = { "rl.max_steps" = 1 }
+"""
+
+
+def compare(folder: Path, *arguments: object, timeout: float = 300) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "heatbath", "compare", "study.toml", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout, env=os.environ)
+
+
+@pytest.fixture(scope="module")
+def study(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished comparison of three settings and two seeds."""
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "study.toml").write_text(RECIPE.format(base=small_base))
+    done = compare(folder, "--jobs", 2, "--json", "--out", "out")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((folder / "out" / "compare.json").read_text())
+    return folder
+
+
+def found(folder: Path) -> dict:
+    return json.loads((folder / "compare.json").read_text())
+
+
+def test_the_table_is_what_the_cells_files_say(study: Path) -> None:
+    """The scores once more from the samples themselves, without any of our statistics."""
+    told = found(study / "out")
+    assert told["baseline"] == "direct-rl" and told["cells"] == 6
+    for name, policies in (("direct-rl", ("base", "final")), ("gift", ("base", "init", "final"))):
+        for policy in policies:
+            means = []
+            for seed in (0, 1):
+                rows = samples.read(study / "out" / name / str(seed) / "samples.jsonl.gz")
+                own = [row["status"] == "right" for row in rows if row["policy"] == policy]
+                assert len(own) == 6 * 4
+                means.append(sum(own) / len(own))
+            numbers = told["settings"][name]["tasks"]["test"][policy]["1"]
+            assert numbers["seeds"] == pytest.approx(means) and numbers["mean"] == pytest.approx(np.mean(means))
+    rows = [row for row in told["differences"]["test"] if (row["from"], row["to"], row["k"]) == ("sft", "gift", 1)]
+    ends = {name: told["settings"][name]["tasks"]["test"]["final"]["1"]["seeds"] for name in ("sft", "gift")}
+    assert rows[0]["each"] == pytest.approx(np.subtract(ends["gift"], ends["sft"]))
+    own = told["settings"]["gift"]
+    assert [step for step, _ in own["curve"]] == [0.0, 1.0, 2.0] and len(own["validation"]) == 2
+    assert set(own["shift"]) == {"base → init", "init → final", "base → final"}
+    assert own["cost"]["sft"]["tokens"] > 0 and len(own["readiness"]) == 2
+
+
+def test_what_cells_have_in_common_is_made_once(study: Path) -> None:
+    logs = [path.read_text() for path in sorted((study / "out").glob("*/*.log"))]
+    assert len(logs) == 6
+    assert sum("taken: samples of base" in log for log in logs) >= 2, "the last of each seed finds it there"
+    first, second = (samples.read(study / "out" / name / "1" / "samples.jsonl.gz") for name in ("sft", "gift"))
+    drawn = [[(r["seed"], r["ids"]) for r in rows if r["policy"] == "base"] for rows in (first, second)]
+    assert drawn[0] == drawn[1], "taken over, or drawn once more, they are the same"
+
+
+def test_a_start_is_shared_by_settings_that_differ_after_it(study: Path) -> None:
+    done = compare(study, "strategy=sft", "--vary", "rl.lr=1e-3,1e-4", "--seeds", "0", "--out", "lr")
+    assert done.returncode == 0, done.stderr
+    weights = [
+        study / "lr" / name / "0" / "checkpoints" / "init" / "model.safetensors" for name in ("lr=0.001", "lr=0.0001")
+    ]
+    assert os.path.samefile(*weights)
+    alone = study / "out" / "sft" / "0" / "checkpoints" / "init" / "model.safetensors"
+    assert alone.read_bytes() == weights[0].read_bytes(), "the same start as in a run of its own"
+    assert "One seed" in (study / "lr" / "compare.md").read_text()
+
+
+def test_a_second_time_nothing_is_done_again(study: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (study / "out").glob("*/*/**/*") if p.is_file()}
+    done = compare(study, "--out", "out")
+    assert done.returncode == 0 and "3 settings × 2 seeds" in done.stdout
+    assert {p: p.stat().st_mtime_ns for p in (study / "out").glob("*/*/**/*") if p.is_file()} == before
+
+
+def test_a_cell_by_itself_is_the_same_cell(study: Path) -> None:
+    code, _ = call(study, "compare study.toml --out out --dry-run --json")
+    assert code == 0
+    done = compare(study, "--out", "out", "--dry-run", "--json")
+    cells = json.loads(done.stdout)
+    assert [cell["state"] for cell in cells] == ["done"] * 6 and [cell["number"] for cell in cells] == list(range(1, 7))
+    command = [sys.executable, "-m", *cells[2]["command"]]
+    command[-1] = "alone"
+    again = subprocess.run([*command, "--json"], cwd=study, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    cell = json.loads((study / cells[2]["folder"] / "results.json").read_text())
+    assert json.loads((study / "alone" / "results.json").read_text()) == cell
+
+
+def scores(folder: Path) -> dict:
+    """All that a comparison says, but what depends on the clock."""
+    told = found(folder)
+    for own in told["settings"].values():
+        own.pop("cost")
+    return told
+
+
+def test_a_comparison_killed_anywhere_ends_as_if_it_had_not_been(study: Path) -> None:
+    """kill -9 of every process of it at random moments, until it is through."""
+    draw, kills = random.Random(7), 0
+    command = [sys.executable, "-m", "heatbath", "compare", "study.toml", "--jobs", "2", "--out", "killed", "--json"]
+    for attempt in range(12):
+        process = subprocess.Popen(
+            command, cwd=study, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            process.wait(draw.uniform(6, 14) if attempt < 3 else 300)
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            time.sleep(0.2)
+    assert process.returncode == 0 and kills >= 2
+    assert scores(study / "killed") == scores(study / "out")
+
+
+def test_the_death_of_the_command_ends_its_cells(study: Path) -> None:
+    command = [sys.executable, "-m", "heatbath", "compare", "study.toml", "--seeds", "5,6", "--out", "orphans"]
+    process = subprocess.Popen(command, cwd=study, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((study / "orphans").glob("*/*.log")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    ends_at = time.monotonic() + 60
+    while (alive := working_on(study / "orphans")) and time.monotonic() < ends_at:
+        time.sleep(0.2)
+    assert not alive
+    shutil.rmtree(study / "orphans")
+
+
+def working_on(folder: Path) -> list[str]:
+    """Processes that have a file of that folder open."""
+    held = []
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if str(folder.resolve()) in os.readlink(link):
+                held.append(link.parts[2])
+        except OSError:
+            continue
+    return held
+
+
+def test_an_interrupt_saves_and_is_told(study: Path) -> None:
+    command = [sys.executable, "-m", "heatbath", "compare", "study.toml", "--seeds", "7", "--out", "stopped"]
+    process = subprocess.Popen(command, cwd=study, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list((study / "stopped").glob("*/*.log")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == 130 and "the same command goes on" in said
+    assert not working_on(study / "stopped")
+
+
+def test_a_failed_cell_is_told_and_the_others_go_on(study: Path) -> None:
+    (study / "fail").mkdir()
+    (study / "fail" / "comparison.json").write_text(json.dumps({"recipe": "study.toml", "overrides": []}) + "\n")
+    (study / "fail" / "sft" / "0").mkdir(parents=True)
+    (study / "fail" / "sft" / "0" / "mine.txt").write_text("somebody's own")
+    done = compare(study, "--seeds", "0", "--jobs", 2, "--out", "fail")
+    assert done.returncode == 1 and "1 cells failed" in done.stderr
+    assert "sft seed 0: the output folder exists and holds something else than a run" in done.stderr
+    assert (study / "fail" / "sft" / "0" / "mine.txt").read_text() == "somebody's own"
+    told = found(study / "fail")["settings"]
+    assert told["sft"]["seeds"] == [] and told["gift"]["seeds"] == [0] and told["direct-rl"]["seeds"] == [0]
+
+
+def test_tuning_chooses_what_is_compared(study: Path, small_base: Path) -> None:
+    """A learning rate of nothing loses against one that learns, unless both fail alike."""
+    folder = study / "tuned"
+    folder.mkdir()
+    (folder / "study.toml").write_text(RECIPE.format(base=small_base) + TUNE)
+    done = compare(
+        folder, "--vary", "strategy=direct-rl,sft", "--seeds", "0,1", "--jobs", 2, "--out", "out", "--cell", 1
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "out" / "chosen.json").exists(), "three trials are not there yet"
+    done = compare(folder, "--vary", "strategy=direct-rl,sft", "--seeds", "0,1", "--jobs", 2, "--out", "out")
+    assert done.returncode == 0, done.stderr
+    chosen = json.loads((folder / "out" / "chosen.json").read_text())
+    assert len(chosen["tried"]) == 4
+    for name, trial in chosen["trials"].items():
+        own = {row["trial"]: row["score"] for row in chosen["tried"] if row["setting"] == name}
+        assert own[trial] == max(own.values()) and list(own)[[*own.values()].index(max(own.values()))] == trial
+        path = folder / "out" / "tuning" / name / trial / "9" / "results.json"
+        last = list(json.loads(path.read_text())["policies"].values())[-1]
+        assert last["pass"]["1"]["mean"] == own[trial] and last["problems"] == 5
+        key, value = chosen["overrides"][name][0].split("=")
+        for seed in (0, 1):
+            made = (folder / "out" / name / str(seed) / "recipe.toml").read_text()
+            assert f"\n{key.rpartition('.')[2]} = {float(value)}\n" in made
+
+
+def test_mistakes_are_told_before_anything_runs(study: Path) -> None:
+    for arguments, said in (
+        ("--vary strategy=gfit", "did you mean 'gift'"),
+        ("--vary sft.lrr=1,2", "unknown key"),
+        ("--cell 99", "there is no cell 99"),
+        ("--seeds x", "not a list of seeds"),
+        ("--out .", "holds something else"),
+    ):
+        code, message = call(study, f"compare study.toml {arguments}" + "" * ("--out" in arguments))
+        assert code == 2 and said in message, message
+    code, message = call(study, "compare study.toml sft.lr=1 --out out")
+    assert code == 2 and "another comparison" in message
