@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from heatbath.ideas.intervals import mean_with_interval
-from heatbath.report.drawing import MUTED, POLICY_LOOKS, WIDE, frame, label_ends, run_looks, style, svg
+from heatbath.report.drawing import MUTED, POLICY_LOOKS, WIDE, Look, frame, label_ends, run_looks, style, svg
 from heatbath.report.score_figures import bounds, forest
 
 Found = Mapping[str, Any]
@@ -19,6 +21,7 @@ def of_task(found: Found, settings: Mapping[str, Found], task: str) -> list[str]
     """Start and end of every setting at the smallest and the largest k, and the differences to the baseline."""
     ks = sorted({int(k) for own in settings.values() for scores in own["tasks"].get(task, {}).values() for k in scores})
     drawn = [starts_and_ends(settings, task, k) for k in dict.fromkeys([ks[0], ks[-1]])]
+    drawn += over_values(found, task)
     groups: dict[str, list[tuple[str, Any, str]]] = {}
     for row in found["differences"][task]:
         if row["to_baseline"] and row["low"] is not None:
@@ -58,10 +61,71 @@ def starts_and_ends(settings: Mapping[str, Found], task: str, k: int) -> str:
         return svg(figure, f"pass@{k} of every setting before and after its last stage, 95 % intervals ({task})")
 
 
+def over_values(found: Found, task: str) -> list[str]:
+    """Start and end over the one varied key whose values are numbers, a figure for each of the other settings."""
+    axes = {key: values for key, values in found["vary"].items() if len(values) > 2 and all(map(_number, values))}
+    if len(axes) != 1 or not found["settings"]:
+        return []
+    ((key, values),) = axes.items()
+    order = list(found["vary"])
+    every = zip(itertools.product(*found["vary"].values()), found["settings"].items(), strict=True)
+    groups: dict[tuple[Any, ...], dict[float, Found]] = {}
+    for chosen, (_, own) in every:
+        others = tuple(value for name, value in zip(order, chosen, strict=True) if name != key)
+        if own["tasks"].get(task):
+            groups.setdefault(others, {})[chosen[order.index(key)]] = own["tasks"][task]
+    return [_over(key, values, by_value, ", ".join(map(str, others)), task) for others, by_value in groups.items()]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _over(key: str, values: Sequence[float], by_value: Mapping[float, Found], of: str, task: str) -> str:
+    ks = sorted({int(k) for scores in by_value.values() for own in scores.values() for k in own})
+    policies = [p for p in ("init", "final") if any(p in scores for scores in by_value.values())]
+    with style():
+        figure, axes = frame(WIDE)
+        ends = []
+        for policy, k in itertools.product(policies, dict.fromkeys([ks[0], ks[-1]])):
+            there = [
+                (x, by_value[x][policy][str(k)]) for x in sorted(by_value) if str(k) in by_value[x].get(policy, {})
+            ]
+            look = POLICY_LOOKS[policy]
+            look = Look(
+                f"{policy} @{k}", look.colour, look.dash if k == ks[0] else (0, (1, 1.4)), look.marker, look.css
+            )
+            x, means = [x for x, _ in there], [e["mean"] for _, e in there]
+            errors = np.array([[m - bounds(e)[0], bounds(e)[1] - m] for m, (_, e) in zip(means, there, strict=True)])
+            axes.errorbar(x, means, yerr=errors.T, color=look.colour, linestyle=look.dash, marker=look.marker)
+            ends.append((x[-1], means[-1], look))
+        if min(values) > 0 and max(values) / min(values) > 30:
+            axes.set_xscale("log")
+        axes.set(xlabel=key, ylabel="pass@k", title=of)
+        label_ends(figure, axes, ends)
+        return svg(
+            figure, f"pass@k before and after RL over {key}, 95 % intervals over seeds and problems {of} ({task})"
+        )
+
+
+def overlaps(settings: Mapping[str, Found]) -> list[str]:
+    """Share of the K likeliest tokens that two policies have in common, over K, a figure for each transition."""
+    arrows = list(dict.fromkeys(arrow for own in settings.values() for arrow in own["shift"]))
+    drawn = []
+    for arrow in arrows:
+        there = {}
+        for name, own in settings.items():
+            found = {int(key[4:]): v for key, v in own["shift"].get(arrow, {}).items() if key.startswith("top-")}
+            if found:
+                there[name] = [[k, found[k]] for k in sorted(found)]
+        drawn += _lines(there, None, f"K, {arrow}", "overlap of the K likeliest tokens", share=True)
+    return drawn
+
+
 def curves(settings: Mapping[str, Found], baseline: str | None) -> list[str]:
     """Held-out accuracy over the steps of RL, six settings to a figure, the baseline in each."""
     there = {name: own["curve"] for name, own in settings.items() if len(own["curve"]) > 1}
-    return _lines(there, baseline, "step of RL", "held-out accuracy")
+    return _lines(there, baseline, "step of RL", "held-out accuracy", share=True)
 
 
 def validation(settings: Mapping[str, Found]) -> list[str]:
@@ -70,31 +134,30 @@ def validation(settings: Mapping[str, Found]) -> list[str]:
     return _lines(there, None, "epoch of the warm start", "NLL of held-out demonstrations (nats)")
 
 
-def _lines(there: Mapping[str, Sequence[Any]], first: str | None, xlabel: str, ylabel: str) -> list[str]:
+def _lines(
+    there: Mapping[str, Sequence[Any]], first: str | None, xlabel: str, ylabel: str, *, share: bool = False
+) -> list[str]:
     others = [name for name in there if name != first]
-    size = MOST_CURVES - (first in there)
-    parts = [others[i : i + size] for i in range(0, len(others), size)] or ([[]] if first in there else [])
-    drawn = []
-    for part in parts:
-        names = [*([first] if first in there and first is not None else []), *part]
-        drawn.append(_one(names, there, xlabel, ylabel))
-    return drawn
+    shared = [first] if first is not None and first in there else []
+    size = MOST_CURVES - len(shared)
+    parts = [others[i : i + size] for i in range(0, len(others), size)] or [[]] * len(shared)
+    return [_one([*shared, *part], there, xlabel, ylabel, share) for part in parts]
 
 
-def _one(names: Sequence[str], there: Mapping[str, Sequence[Any]], xlabel: str, ylabel: str) -> str:
+def _one(names: Sequence[str], there: Mapping[str, Sequence[Any]], xlabel: str, ylabel: str, share: bool) -> str:
     with style():
         figure, axes = frame(WIDE)
         ends = []
         for look in run_looks(names):
             rows = there[look.label]
             x = [step for step, _ in rows]
-            found = [mean_with_interval(each) for _, each in rows]
-            mean = [estimate.mean for estimate in found]
-            if len(rows[0][1]) > 1:
+            found = [mean_with_interval(each, bounds=(0.0, 1.0) if share else None) for _, each in rows]
+            if len(rows[0][1]) > 2:  # of two seeds a band says nothing
                 low, high = [e.low for e in found], [e.high for e in found]
                 axes.fill_between(x, low, high, color=look.colour, alpha=0.12, linewidth=0)
-            axes.plot(x, mean, color=look.colour, linestyle=look.dash, linewidth=2)
-            ends.append((x[-1], mean[-1], look))
+            axes.plot(x, [e.mean for e in found], color=look.colour, linestyle=look.dash, linewidth=2)
+            ends.append((x[-1], found[-1].mean, look))
         axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         label_ends(figure, axes, ends)
-        return svg(figure, f"{ylabel} over the {xlabel}, mean and 95 % band over seeds, of {', '.join(names)}")
+        return svg(figure, f"{ylabel} over {xlabel}, mean and 95 % band over seeds, of {', '.join(names)}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from heatbath.report import grid_figures, tables
 from heatbath.report.page import paths_of
@@ -44,15 +45,16 @@ def gather(found: Found, name: str) -> dict[str, Any]:
                 "title": "Held-out problems" if task == OWN_TEST else task,
                 "rows": score_rows(there, task),
                 "differences": difference_rows(found["differences"][task]),
-                "figures": grid_figures.of_task(found, there, task),
+                "figures": [Markup(drawn) for drawn in grid_figures.of_task(found, there, task)],
                 "verdict": grid_summary.verdict(found, task),
             }
             for i, task in enumerate(tasks)
         ],
         "starts": start_rows(there),
-        "curves": grid_figures.curves(there, found["baseline"]),
-        "validation": grid_figures.validation(there),
+        "curves": [Markup(drawn) for drawn in grid_figures.curves(there, found["baseline"])],
+        "validation": [Markup(drawn) for drawn in grid_figures.validation(there)],
         "shift": shift_rows(there),
+        "overlaps": [Markup(drawn) for drawn in grid_figures.overlaps(there)],
         "costs": cost_rows(there),
         "tuned": tuned_rows(found["tuned"]) if found.get("tuned") else [],
         "caveats": caveats(found, there),
