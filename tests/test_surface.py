@@ -157,6 +157,7 @@ KEYS = [
     "rl.schedule",
     "rl.temperature",
     "rl.trainer",
+    "rl.truncate",
     "rl.update_prompts",
     "rl.warmup_steps",
     "rl.weight_decay",

@@ -253,6 +253,9 @@ class RL(Optimizer):
     `policy` is a name of the table (`heatbath recipes --policies`) or `{ name = "dapo", clip_high = 0.3 }`. Every
     `eval_every` steps (0: never) the first `eval_prompts` test problems are answered once each. Before the first step
     `readiness` prompts are answered by the start, `group_size` times each, to say whether RL would have a signal.
+
+    Of policies that learn from the prompts' solutions more than 1 % of these being longer than `max_new_tokens` is an
+    error unless `truncate`.
     """
 
     policy: PolicySpec = Field(default_factory=lambda: PolicySpec(name="paper"))
@@ -265,6 +268,7 @@ class RL(Optimizer):
     micro_batch: Positive = 8
     temperature: Annotated[float, Field(gt=0)] = 1.0
     max_new_tokens: Positive = 8192
+    truncate: bool = False
     kl_every: Positive = 1
     eval_every: Count = 0
     eval_prompts: Positive = 64
