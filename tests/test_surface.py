@@ -129,6 +129,7 @@ KEYS = [
     "pretrain.warmup_steps",
     "pretrain.weight_decay",
     "pretrain.width",
+    "published",
     "reward.deadline",
     "reward.failed_share",
     "reward.isolation",

@@ -363,10 +363,12 @@ class Recipe(Section):
 
     `model` is where the base comes from, unless `[pretrain]` makes it. `name` is that of the strategy. `template` is a
     chat template for models without one (or instead of theirs): the name of a shipped one, or a Jinja file.
+    `published` is the table of scores that the report shows beside the run's own (docs/paper.md).
     """
 
     model: str | None = None
     name: str | None = None
+    published: str | None = None
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     template: str | None = None
@@ -378,6 +380,15 @@ class Recipe(Section):
     rl: RL | None = None
     eval: Eval = Eval()
     reward: Reward = Reward()
+
+    @field_validator("published")
+    @classmethod
+    def known_scores(cls, value: str | None) -> str | None:
+        if value is not None:
+            from heatbath import published
+
+            published.require(value)
+        return value
 
     @model_validator(mode="before")
     @classmethod
