@@ -149,7 +149,7 @@ def compare(
     numbers = grid.parse_seeds(seeds) if seeds is not None else None
     plan = grid.with_options(comparison(recipe), grid.parse_vary(vary or []), numbers, baseline)
     plan = plan.model_copy(update={"tune": None}) if no_tune else plan
-    folder = out or Path("runs") / f"{Path(recipe).stem}-compare"
+    folder = out or Path("runs") / f"{_name(recipe)}-compare"
     asked = stage.Comparison(recipe, plan, tuple(overrides or ()), folder)
     if dry_run:
         stage.check(asked)
@@ -208,7 +208,7 @@ def surprise(
     loaded = load(recipe, overrides)
     from heatbath.stages import surprise as stage
 
-    folder = out or Path("runs") / f"{Path(recipe).stem}-surprise"
+    folder = out or Path("runs") / f"{_name(recipe)}-surprise"
     command = shlex.join(["heatbath", *sys.argv[1:]])
     found = stage.run_surprise(loaded, folder, command, Progress(quiet=json))
     if json:
@@ -380,7 +380,7 @@ def _stage(
     from heatbath.run import Run
     from heatbath.stages import pipeline
 
-    folder = out or Path("runs") / Path(recipe).stem
+    folder = out or Path("runs") / _name(recipe)
     stages = {"run": pipeline.stages_of(loaded), "rescore": ("eval",)}.get(stage, (stage,))
     whole = stage == "run"
     if dry_run:
@@ -410,6 +410,11 @@ def _stage(
         typer.echo(jsonlib.dumps({"run": str(folder), **(result or {})}))
     else:
         typer.echo(_closing(opened, result))
+
+
+def _name(recipe: str) -> str:
+    """That of a recipe's file, which may hold dots."""
+    return Path(recipe).name.removesuffix(".toml")
 
 
 def _finish(stage: str, opened: Run, loaded: Recipe, progress: Progress) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from heatbath.run import STAGES, Run, append_jsonl, holds_nothing, is_run
 # Keys that change no result: how often something is kept or shown, or how many samples are drawn of what is there.
 FREE = (
     "name",
+    "published",
     "pretrain.save_every",
     "sft.save_every",
     "sft.log_every",

@@ -253,6 +253,9 @@ class RL(Optimizer):
     `policy` is a name of the table (`heatbath recipes --policies`) or `{ name = "dapo", clip_high = 0.3 }`. Every
     `eval_every` steps (0: never) the first `eval_prompts` test problems are answered once each. Before the first step
     `readiness` prompts are answered by the start, `group_size` times each, to say whether RL would have a signal.
+
+    Of policies that learn from the prompts' solutions more than 1 % of these being longer than `max_new_tokens` is an
+    error unless `truncate`.
     """
 
     policy: PolicySpec = Field(default_factory=lambda: PolicySpec(name="paper"))
@@ -265,6 +268,7 @@ class RL(Optimizer):
     micro_batch: Positive = 8
     temperature: Annotated[float, Field(gt=0)] = 1.0
     max_new_tokens: Positive = 8192
+    truncate: bool = False
     kl_every: Positive = 1
     eval_every: Count = 0
     eval_prompts: Positive = 64
@@ -359,10 +363,12 @@ class Recipe(Section):
 
     `model` is where the base comes from, unless `[pretrain]` makes it. `name` is that of the strategy. `template` is a
     chat template for models without one (or instead of theirs): the name of a shipped one, or a Jinja file.
+    `published` is the table of scores that the report shows beside the run's own (docs/paper.md).
     """
 
     model: str | None = None
     name: str | None = None
+    published: str | None = None
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     template: str | None = None
@@ -374,6 +380,15 @@ class Recipe(Section):
     rl: RL | None = None
     eval: Eval = Eval()
     reward: Reward = Reward()
+
+    @field_validator("published")
+    @classmethod
+    def known_scores(cls, value: str | None) -> str | None:
+        if value is not None:
+            from heatbath import published
+
+            published.require(value)
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -361,3 +361,47 @@ def test_a_recipe_is_shown_as_text(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", recipes.parse(RECIPE | {"model": "</pre><script>alert(1)</script>"}))
     page = write_report(run)["html"].read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+def test_published_scores_stand_beside_those_of_a_run(tmp_path: Path) -> None:
+    """Of the strategy, the policy and the metric that the paper names; a mean where every task of it is there."""
+    run = written(tmp_path / "run", {"init": 2, "final": 6}, published="2601.09233/llama-3.1-8b", name="sft")
+    one = run.read_json("results.json")
+    k32 = {"mean": 0.25, "low": 0.15, "high": 0.35}
+    final = one["policies"]["final"]
+    aime = {**final, "pass": {**final["pass"], "32": k32}}
+    tasks = {"gsm8k": one["policies"], "aime24": {"final": aime}, "math500": {"init": final, "final": final}}
+    rated = {
+        "final": {"rating": {"mean": 5.0, "low": 4.0, "high": 6.0}, "categories": {}, "problems": 80, "samples": 80}
+    }
+    of = {name: {"version": 1, "kind": "math", "policies": p, "differences": []} for name, p in tasks.items()}
+    of["mt_bench"] = {"version": 1, "kind": "judge", "policies": rated, "differences": []}
+    run.write_json("results.json", {**one, "tasks": of})
+    page = write_report(run)["html"].read_text()
+    told = {
+        (s["table"], *s["tasks"], s["metric"]): s
+        for s in json.loads((run.folder / "report.json").read_text())["published"]["scores"]
+    }
+    assert told["Table 1", "gsm8k", "pass@1"]["published"] == 73.39
+    assert told["Table 1", "gsm8k", "pass@1"]["ours"] == final["pass"]["1"]
+    assert told["Table 1", "aime24", "pass@32"]["ours"] == k32
+    assert told["Table 2", "gpqa_diamond", "pass@1"]["ours"] is None, "not asked"
+    assert told["Table 5", "mt_bench", "rating of 10"]["ours"]["mean"] == 5.0
+    before = told["Table 3", "gsm8k", "math500", "aime24", "aime25", "pass@1"]
+    assert before["policy"] == "init" and before["ours"] is None, "two of the four are not there"
+    text = (run.folder / "report.md").read_text()
+    for said in ("Published scores", "0.7339", "Anchors, not targets", "0.250 [0.150, 0.350]"):
+        assert said in text and said in page
+    of |= {name: {**of["gsm8k"]} for name in ("aime24", "aime25")}
+    run.write_json("results.json", {**one, "tasks": of})
+    write_report(run)
+    scores = json.loads((run.folder / "report.json").read_text())["published"]["scores"]
+    means = [one["policies"]["init"]["pass"]["1"]["mean"]] * 3 + [final["pass"]["1"]["mean"]]
+    assert next(s for s in scores if s["table"] == "Table 3")["ours"] == {"mean": pytest.approx(sum(means) / 4)}
+
+
+@pytest.mark.parametrize(("name", "told"), [("gift-sequence", "prints no score for 'gift-sequence'"), (None, None)])
+def test_a_strategy_without_published_scores_is_said_so(tmp_path: Path, name: str | None, told: str | None) -> None:
+    run = written(tmp_path / "run", {"final": 6}, published="2601.09233/qwen2.5-7b", name=name)
+    page = write_report(run)["html"].read_text()
+    assert ('id="published"' in page) == (told is not None) and (told is None or told in page.replace("&#39;", "'"))

@@ -119,7 +119,8 @@ def require_known_tokens(
 
 def demonstrations(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe) -> list[list[int]]:
     """The token ids of each prompt's solution, EOS included, for policies that learn from them during RL. Raises
-    DataError where one is missing, or where more than 1 % are longer than a completion may be."""
+    DataError where one is missing, or where more than 1 % are longer than a completion may be; with `rl.truncate` those
+    are cut."""
     assert recipe.rl is not None
     longest, name = recipe.rl.max_new_tokens, recipe.rl.policy.name
     missing = [row for row in rows if row.solution is None]
@@ -134,13 +135,15 @@ def demonstrations(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], reci
         require_no_end_inside(tokenizer, row)
         made = rendering.render(tokenizer, row, system=recipe.data.system)
         out.append([label for label in made.labels if label != IGNORE])
+    if recipe.rl.truncate:
+        return [ids[:longest] for ids in out]
     long = [i for i, ids in enumerate(out) if len(ids) > longest]
     if len(long) > MOST_TRUNCATED * len(rows):
         raise DataError(
             f"{len(long):,} of {len(rows):,} solutions are longer than rl.max_new_tokens = {longest} and would be cut "
             "before their end",
             f"data.prompts, first: {rendering.place(rows[long[0]])}",
-            "raise rl.max_new_tokens, or drop the long rows",
+            "raise rl.max_new_tokens, drop the long rows, or set rl.truncate = true",
         )
     return out
 

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from heatbath import recipe as recipes
 from heatbath.errors import RecipeError
 from heatbath.report import (
+    beside,
     browser,
     captions,
     costs,
@@ -35,7 +36,7 @@ __all__ = ["gather", "paths_of", "section_list", "write_report", "write_surprise
 
 KEPT = (
     *("title", "verdict", "results", "surprise_profile", "shift_found", "readiness", "findings", "unjudged"),
-    *("caveats", "command", "facts", "costs", *captions.TRAINED),
+    *("published", "caveats", "command", "facts", "costs", *captions.TRAINED),
 )
 
 
@@ -77,6 +78,7 @@ def gather(run: Run) -> dict[str, Any]:
         "verdict": captions.verdict(results) if results else "",
         "scores": _scores(recipe, results, samples) if results and results["policies"] else None,
         "tasks": _tasks(results, samples) if results and results.get("tasks") else None,
+        "published": beside.section(recipe, results) if results else None,
         "surprise_profile": profile,
         "surprise": surprise_section.section(profile) if profile and not note else None,
         "surprise_note": note,
@@ -106,6 +108,7 @@ def section_list(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     listed = [
         ("scores", "Held-out problems", found["scores"]),
         ("tasks", "Tasks", found["tasks"]),
+        ("published", "Published scores", found["published"]),
         ("findings", "Findings", found["looked_for"]),
         ("shift", "Shift", found["shift"]),
         ("surprise", "Surprise", found["surprise"] or found["surprise_note"]),
@@ -253,6 +256,9 @@ def _markdown(found: Mapping[str, Any]) -> str:
         parts += [found["scores"]["caption"], "## Verdicts", tables.markdown(found["scores"]["verdicts"])]
     if found["tasks"]:
         parts += [f"## {name} by category\n\n{tables.markdown(rows)}" for name, rows in found["tasks"]["categories"]]
+    if found["published"]:
+        shown = tables.markdown(found["published"]["rows"]) if found["published"]["rows"] else ""
+        parts += ["## Published scores", found["published"]["text"], shown]
     if found["shift"]:
         parts += ["## Shift", found["shift"]["text"], tables.markdown(found["shift"]["rows"])]
     if found["surprise"] or found["surprise_note"]:

@@ -28,31 +28,33 @@ ROUND = 4  # decimals of a GiB
 
 
 def estimate(
-    recipe: Recipe, longest: int, longest_prompt: int, longest_preference: int = 0
+    recipe: Recipe, longest: int, longest_prompt: int, longest_preference: int = 0, *, gpu: bool | None = None
 ) -> dict[str, dict[str, float]]:
-    """GiB per device, by stage and part. `longest` is the number of tokens of the longest demonstration, and
-    `longest_preference` of the longest prompt with a completion that is preferred or not."""
+    """GiB on one device, by stage and part. `longest` is the number of tokens of the longest demonstration, and
+    `longest_preference` of the longest prompt with a completion that is preferred or not. `gpu` says what device it is
+    (None: this machine's)."""
+    short = recipe.precision != "fp32" if gpu else models.autocast_dtype(recipe.precision) is not None
+    kind = "cuda" if (torch.cuda.is_available() if gpu is None else gpu) else "cpu"
     config = _config(recipe)
     shape = _shape(config)
     trained = _lora_parameters(recipe, config) if recipe.lora else shape["parameters"]
-    short = models.autocast_dtype(recipe.precision) is not None
     stages: dict[str, dict[str, float]] = {}
     if recipe.sft is not None:
         tokens = min(recipe.sft.micro_batch, recipe.sft.batch) * longest
         goal = objective(recipe.sft.objective.name, **recipe.sft.objective.hyper)
         beside = needs_reference(goal) and recipe.sft.reference == "model" and not recipe.lora
-        stages["sft"] = _parts(shape, trained, tokens, short, frozen=beside)
+        stages["sft"] = _parts(shape, trained, tokens, short, kind, frozen=beside)
         if needs_reference(goal) and recipe.sft.reference != "model":
             stages["sft"]["head of the base"] = round(4 * shape["V"] * shape["d"] / GIB, ROUND)
         if hasattr(goal, "refresh"):
             stages["sft"]["old policy"] = round(4 * trained / GIB, ROUND)
     if recipe.preference is not None:
         tokens = 2 * min(recipe.preference.micro_batch, recipe.preference.batch) * longest_preference
-        stages["preference"] = _parts(shape, trained, tokens, short, frozen=not recipe.lora)
+        stages["preference"] = _parts(shape, trained, tokens, short, kind, frozen=not recipe.lora)
     if recipe.rl is not None:
         width = longest_prompt + recipe.rl.max_new_tokens
         tokens = recipe.rl.micro_batch * width
-        stages["rl"] = _parts(shape, trained, tokens, short, frozen=not recipe.lora)
+        stages["rl"] = _parts(shape, trained, tokens, short, kind, frozen=not recipe.lora)
         method = policy(recipe.rl.policy.name, **recipe.rl.policy.hyper)
         if method.needs_reference and method.reference == "base" and recipe.sft and not recipe.lora:
             stages["rl"]["base"] = round(4 * shape["parameters"] / GIB, ROUND)  # beside the frozen start
@@ -63,7 +65,9 @@ def estimate(
     return stages
 
 
-def _parts(shape: dict[str, int], trained: int, tokens: int, short: bool, *, frozen: bool) -> dict[str, float]:
+def _parts(
+    shape: dict[str, int], trained: int, tokens: int, short: bool, kind: str, *, frozen: bool
+) -> dict[str, float]:
     """`frozen`: whether a second model stands beside the policy, with which it is compared."""
     all_parameters = shape["parameters"]
     copies = 2 if frozen else 1
@@ -72,11 +76,10 @@ def _parts(shape: dict[str, int], trained: int, tokens: int, short: bool, *, fro
     # Kept for the backward pass of a layer: float32 around the two norms and the residuals (7 d), and at the width of
     # the products the projections' inputs, queries, keys and values before and after rotation, and the gated MLP.
     per_layer = 4 * 7 * shape["d"] + width * (6 * shape["d"] + 3 * shape["kv"] + 4 * shape["ff"])
-    if torch.cuda.is_available():  # checkpointed: one layer whole, of the others their input
+    if kind == "cuda":  # checkpointed: one layer whole, of the others their input
         activations = tokens * (per_layer + shape["layers"] * width * shape["d"])
     else:
         activations = tokens * per_layer * shape["layers"]
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
     # Of a chunk, policy and base: logits in the products' own width and what they are worked on in.
     logits = 2 * (4 + width) * min(tokens, chunk_tokens(shape["V"], kind)) * shape["V"]
     parts = {
@@ -88,6 +91,11 @@ def _parts(shape: dict[str, int], trained: int, tokens: int, short: bool, *, fro
         "libraries": LIBRARIES,
     }
     return {name: round(size / GIB, ROUND) for name, size in parts.items()}
+
+
+def parameters(recipe: Recipe) -> int:
+    """Of the recipe's model, from its configuration."""
+    return _shape(_config(recipe))["parameters"]
 
 
 def launch_options() -> list[str]:

@@ -15,7 +15,7 @@ from heatbath.data.rows import Splits
 from heatbath.errors import HeatbathError
 from heatbath.opening import Opening, open_run
 from heatbath.recipe import Recipe
-from heatbath.stages import memory, pipeline, rl, sft
+from heatbath.stages import cost, memory, pipeline, rl, sft
 from heatbath.stages.exams import exams
 
 
@@ -52,8 +52,34 @@ def plan(recipe: Recipe, stages: tuple[str, ...], command: list[str]) -> dict[st
     longest_prompt, longest_preference = max(map(len, prompts), default=0), out.get("preference", {}).get("longest", 0)
     estimated = memory.estimate(recipe, longest, longest_prompt, longest_preference)
     out["memory"] = {stage: parts for stage, parts in estimated.items() if stage in stages}
+    if (size := memory.parameters(recipe)) > cost.LARGE:
+        on_gpus = memory.estimate(recipe, longest, longest_prompt, longest_preference, gpu=True)
+        out["cost"] = {
+            "devices": cost.DEVICES,
+            "device": cost.DEVICE,
+            "work": cost.summary(_work(recipe, out, size, sum(map(len, prompts)) / max(len(prompts), 1))),
+            "memory": {stage: cost.sharded(on_gpus[stage]) for stage in out["memory"]},
+            "assumed": cost.ASSUMED,
+        }
     out["command"] = shlex.join(["accelerate", "launch", *memory.launch_options(), "-m", "heatbath", *command])
     return out
+
+
+def _work(recipe: Recipe, found: dict[str, Any], parameters: int, prompt: float) -> dict[str, cost.Work]:
+    """What each planned stage asks of the devices."""
+    work: dict[str, cost.Work] = {}
+    if "sft" in found:
+        s = found["sft"]
+        work["sft"] = cost.sft_work(recipe, parameters, s["tokens"], s["steps"], found["rows"]["demos"])
+    if "preference" in found:
+        p = found["preference"]
+        assert recipe.preference is not None
+        work["preference"] = cost.preference_work(parameters, p["steps"] * recipe.preference.batch * 2 * p["longest"])
+    if "rl" in found:
+        work["rl"] = cost.rl_work(recipe, parameters, prompt, found["rl"])
+    if "eval" in found:
+        work["eval"] = cost.eval_work(parameters, found["eval"]["most_tokens"])
+    return work
 
 
 def folder_line(folder: Path, recipe: Recipe, stages: tuple[str, ...], how: Opening, whole: bool) -> str:
@@ -111,6 +137,7 @@ def _eval(recipe: Recipe, splits: Splits) -> dict[str, Any]:
         "policies": policies,
         "problems": len(splits.test),
         "samples": policies * sum(len(exam.rows) * exam.samples for exam in asked),
+        "most_tokens": policies * sum(len(e.rows) * e.samples * e.sampling.max_new_tokens for e in asked),
         "tasks": {exam.name: [len(exam.rows), exam.samples] for exam in asked if exam.task is not None},
     }
 
@@ -175,6 +202,25 @@ def show(found: dict[str, Any]) -> str:
         total = sum(parts.values())
         listed = ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items())
         lines.append(f"memory    {stage}: about {total:.1f} GiB on each device ({listed})")
+    if "cost" in found:
+        lines += _shown_cost(found["cost"])
     lines += ["checks    passed", *([f"folder    {found['folder']}"] if "folder" in found else [])]
     lines.append(f"launcher  {found['command']}")
     return "\n".join(lines)
+
+
+def _shown_cost(found: dict[str, Any]) -> list[str]:
+    """Operations and GPU-hours of each stage, memory where it is sharded, and what both assume."""
+    devices, *stages = found["devices"], *found["work"].items()
+    told = [f"{name} {w['operations']:.1e} operations, {w['gpu_hours']:,.1f} GPU-hours" for name, w in stages]
+    hours = found["work"]["total"]["gpu_hours"] / devices
+    held = []
+    for stage, parts in found["memory"].items():
+        cached = parts.get(cost.CACHED, 0.0)
+        room = f" + {cached:.0f} for the cache of all completions at once (vLLM holds as many as fit, and the weights)"
+        held.append(f"{stage} about {sum(parts.values()) - cached:.0f} GiB{room if cached else ''}")
+    return [
+        f"cost      {devices} × {found['device']}, estimated: {'; '.join(told)} ({hours:,.1f} hours)",
+        f"          memory on each of {devices}, sharded: {', '.join(held)}",
+        f"          assumed: {found['assumed']}",
+    ]
