@@ -71,6 +71,23 @@ def test_a_task_is_sampled_as_the_entry_else_its_definition_else_the_recipe_says
     assert exams(one, load_data(one.data, 0))[1].k == (1,)  # pass@2 of [eval] needs two samples
     with pytest.raises(RecipeError, match="arithmetic' is there twice"):
         recipe(small_base, ["arithmetic", "arithmetic"])
+    more = recipe(small_base, [{"name": str(task), "k": [1, 3]}])  # of a table without samples, [eval] has 2
+    with pytest.raises(RecipeError, match=r"pass@3 of capitals needs at least 3 samples, not 2"):
+        exams(more, load_data(more.data, 0))
+    task.write_text(TASK.replace("max_new_tokens = 3", "max_new_tokens = 3, samples = 4, k = [4]"))
+    fewer = recipe(small_base, [{"name": str(task), "samples": 1}])
+    with pytest.raises(RecipeError, match="pass@4 of capitals needs") as caught:
+        exams(fewer, load_data(fewer.data, 0))
+    assert caught.value.remedy.endswith("samples = 1, k = [1] }")
+
+
+def test_two_files_with_tasks_of_one_name_are_refused(small_base: Path, task: Path) -> None:
+    other = task.with_name("other.toml")
+    other.write_text(TASK)
+    made = recipe(small_base, [str(task), "arithmetic", str(other)])
+    with pytest.raises(RecipeError, match="two tasks are called 'capitals'") as caught:
+        exams(made, load_data(made.data, 0))
+    assert caught.value.where == f"eval.tasks, {task} and {other}"
 
 
 def test_results_are_those_of_each_exam_alone(small_base: Path, task: Path, tmp_path: Path) -> None:
