@@ -62,9 +62,9 @@ def rescore(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     rows = run.samples()
     if not rows:
         raise RunError("the run has no samples to grade", str(run.folder), "run the eval stage first")
-    asked = [exam for exam in exams(recipe, sources.load(recipe.data, recipe.seed)) if exam.kind != JUDGE]
+    asked = exams(recipe, sources.load(recipe.data, recipe.seed))
     graded: dict[int, dict[str, Any]] = {}
-    for exam in asked:
+    for exam in (exam for exam in asked if exam.kind != JUDGE):
         own = [i for i, row in enumerate(rows) if row["task"] == exam.name]
         with exam.grader(recipe) as grader:
             verdicts = grader.grade([rows[i]["completion"] for i in own], _golds([rows[i] for i in own], exam))
@@ -72,7 +72,7 @@ def rescore(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     changed = sum(rows[i]["status"] != row["status"] for i, row in graded.items())
     run.replace_samples([graded.get(i, row) for i, row in enumerate(rows)])
     progress.say(f"graded {len(graded):,} samples again: {changed} verdicts changed")
-    return write_results(run, recipe, exams(recipe, sources.load(recipe.data, recipe.seed)))
+    return write_results(run, recipe, asked)
 
 
 def _golds(samples: list[dict[str, Any]], exam: Exam) -> list[Any]:
