@@ -12,13 +12,14 @@ import pytest
 
 from heatbath import samples
 from heatbath.data.sources import load as load_data
+from heatbath.engines.sampling import seed_of
 from heatbath.errors import RecipeError, RunError
 from heatbath.ideas.intervals import holm
 from heatbath.progress import Progress
 from heatbath.recipe import Recipe, parse
 from heatbath.run import Run
 from heatbath.stages import scoring
-from heatbath.stages.evaluate import rescore, run_evaluation
+from heatbath.stages.evaluate import missing, rescore, run_evaluation
 from heatbath.stages.exams import exams
 
 TASK = """
@@ -122,6 +123,25 @@ def test_tasks_and_samples_are_added_to_those_there(small_base: Path, task: Path
     assert len(drawn) == len(after) and drawn == {
         (r["task"], r["problem"], r["seed"], r["completion"]) for r in fresh.samples()
     }
+
+
+def test_what_is_missing_is_known_by_its_seed(small_base: Path, tmp_path: Path) -> None:
+    made = recipe(small_base, [], samples=4)
+    run, found = evaluated(tmp_path / "run", made)
+    (exam,), whole = exams(made, load_data(made.data, made.seed)), run.samples()
+    asked = {(row.id, n): seed_of(made.seed, "test", row.id, n) for row in exam.rows for n in range(4)}
+    assert sorted(asked.values()) == sorted(row["seed"] for row in whole)
+    first, second = (row.id for row in exam.rows)
+    gone = {asked[first, 1], asked[second, 0], asked[second, 2]}
+    run.replace_samples([row for row in whole if row["seed"] not in gone])  # as a killed draw from a server leaves it
+    lacking = [(row.id, n) for row, n in missing(run.samples(), exam, made.seed)]
+    assert lacking == [(first, 1), (second, 0), (second, 2)]
+    assert run_evaluation(run, made, Progress(quiet=True)) == found
+    facts = [sorted((row["seed"], row["completion"]) for row in rows) for rows in (whole, run.samples())]
+    assert facts[0] == facts[1]
+    former = [{k: v for k, v in row.items() if k != "seed"} for row in whole if row["problem"] == first][:3]
+    lacking = [(row.id, n) for row, n in missing(former, exam, made.seed)]
+    assert lacking == [(first, 3), *((second, n) for n in range(4))]
 
 
 def test_fewer_problems_later_are_scored_alone(small_base: Path, task: Path, tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ def sample_policy(run: Run, recipe: Recipe, policy: str, asked: list[Exam], prog
     """
     there = run.samples(policy)
     lacking = [
-        (exam, judged.missing(run, exam, policy) if exam.kind == JUDGE else missing(there, exam)) for exam in asked
+        (exam, judged.missing(run, exam, policy) if exam.kind == JUDGE else missing(there, exam, recipe.seed))
+        for exam in asked
     ]
     if not any(rows for _, rows in lacking):
         return
@@ -129,14 +130,20 @@ def sample_policy(run: Run, recipe: Recipe, policy: str, asked: list[Exam], prog
                     _sample(run, recipe, exam, policy, rows, sampler, tokenizer, grader, progress)
 
 
-def missing(there: list[dict[str, Any]], exam: Exam) -> list[tuple[Row, int]]:
-    """The samples of an exam that a policy's samples lack: the problem, and which of its samples it is."""
-    have = Counter(sample["problem"] for sample in there if sample["task"] == exam.name)
+def missing(there: list[dict[str, Any]], exam: Exam, seed: int) -> list[tuple[Row, int]]:
+    """The samples of an exam that a policy's samples lack: the problem, and which of its samples it is.
+
+    A sample is known by its seed, since servers answer in any order. Earlier versions, which stored none, drew a
+    problem's samples in order: so many of the first are there.
+    """
+    own = [sample for sample in there if sample["task"] == exam.name]
+    drawn = {(sample["problem"], sample["seed"]) for sample in own if "seed" in sample}
+    first = Counter(sample["problem"] for sample in own if "seed" not in sample)
     wanted: Counter[str] = Counter()
     lacking = []
     for row in exam.rows:
         for number in range(wanted[row.id], wanted[row.id] + exam.samples):
-            if number >= have[row.id]:
+            if number >= first[row.id] and (row.id, seed_of(seed, exam.name, row.id, number)) not in drawn:
                 lacking.append((row, number))
         wanted[row.id] += exam.samples
     return lacking
