@@ -150,7 +150,9 @@ def test_runs_of_neighbouring_seeds_share_no_stream(tmp_path: Path, monkeypatch:
     kept: list[list[int]] = []
     sample = readiness.LocalSampler.sample
     monkeypatch.setattr(
-        readiness.LocalSampler, "sample", lambda *given: kept.append(seeds_of(given[3], len(given[1]))) or sample(*given)
+        readiness.LocalSampler,
+        "sample",
+        lambda *given: kept.append(seeds_of(given[3], len(given[1]))) or sample(*given),
     )
     for seed in (3, 4):
         measured(tmp_path / str(seed), recipe().model_copy(update={"seed": seed}))
