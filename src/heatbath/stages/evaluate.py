@@ -151,10 +151,13 @@ def missing(there: list[dict[str, Any]], exam: Exam, seed: int) -> list[tuple[Ro
 
 @contextmanager
 def _opened(run: Run, recipe: Recipe, policy: str) -> Iterator[tuple[Sampler, PreTrainedTokenizerBase]]:
-    """What samples the policy, and its tokenizer. Raises RunError where the base is no longer the run's."""
+    """What samples the policy, and its tokenizer. Raises RunError where the base is no longer the run's; the weights of
+    a server (the engine "api") cannot be checked."""
     settings = recipe.eval
     name = run.model_of(policy)
     tokenizer = models.load_tokenizer(name, run.template_of(policy))
+    if policy == "base" and settings.engine == "vllm":  # whose weights cannot be read
+        run.require_same_base(models.fingerprint_of(name))
     served = settings.served.get(policy) if settings.engine == "api" else None  # type: ignore[call-overload]
     with open_sampler(
         settings.engine,
