@@ -217,7 +217,8 @@ def _text(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
 
 
 def _kept(exam: Exam, row: Row, completion: Completion, text: str) -> dict[str, Any]:
-    """What is kept of a completion beside its verdict."""
+    """What is kept of a completion beside its verdict. A stop text of the task ends it, wherever the policy ended."""
+    stopped = not completion.finished and exam.task is not None and any(stop in text for stop in exam.task.stops)
     kept = {
         "problem": row.id,
         "question": row.question,
@@ -225,8 +226,8 @@ def _kept(exam: Exam, row: Row, completion: Completion, text: str) -> dict[str, 
         "completion": text,
         "ids": completion.ids,
         "tokens": len(completion.ids),
-        "finish": completion.finish,
-        "finished": completion.finished,
+        "finish": "stop" if stopped else completion.finish,
+        "finished": stopped or completion.finished,
     }
     return kept | ({"retokenised": True} if completion.retokenised else {})
 
