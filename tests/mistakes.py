@@ -229,6 +229,7 @@ SECTIONS: dict[str, list[Mistake]] = {
             "rounds [4, 2, 1, 1] add up to 8, the group has 2",
         ),
         recipe("No rollout beside the demonstration", "rl.policy.name=luffy rl.policy.traces=2", "leave no rollout"),
+        recipe("A seed that numpy does not take", "seed=-1", "seed: input should be greater than or equal to 0"),
         recipe("pass@k from too few samples", "eval.k=[1,4]", "pass@4 needs at least 4 samples, not 2"),
         recipe("More solutions than forms", "data.paths=5", "need as many forms, not 4"),
         recipe(
@@ -378,6 +379,7 @@ SECTIONS: dict[str, list[Mistake]] = {
             "solutions are longer than rl.max_new_tokens = 8",
         ),
         recipe("Fewer prompts than one generation takes", "data.prompts=3", "3 prompts, but one generation takes"),
+        recipe("Held-out answers during RL, of no problems", "rl.eval_every=5 data.test=0", "and there are none"),
         recipe("More problems than there are", "data.demos=5000", "but only 3,054 exist with 2 digits"),
         Mistake(
             "A stage without its rows",

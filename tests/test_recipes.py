@@ -76,6 +76,8 @@ def test_a_resolved_recipe_reads_back_as_itself() -> None:
         ({"model": "m", "data": {"source": "files"}, "sft": {}}, ["the sft stage reads data.demos"]),
         ({"model": "m", "data": {"source": "hug"}}, ["data.source: no source is called 'hug', did you mean 'hub'?"]),
         ({"data": {"source": "arithmetic"}}, ["model: required"]),
+        ({**MINIMAL, "seed": -1}, ["seed: input should be greater than or equal to 0 (got -1)"]),
+        ({**MINIMAL, "seed": 2**32}, ["seed: input should be less than 4294967296"]),
     ],
 )
 def test_wrong_recipes_are_told(table: dict, messages: list[str]) -> None:

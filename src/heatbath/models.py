@@ -108,6 +108,23 @@ def load_config(name: str) -> Any:
     return _explained(name, AutoConfig.from_pretrained)
 
 
+def context_of(config: Any) -> int | None:
+    """How many tokens a model of that configuration reads, its own included; None where it does not say.
+
+    Scaled rotary embeddings reach further than `max_position_embeddings`, but for the kinds whose configuration states
+    the whole length already (as vLLM reads them).
+    """
+    text = config.get_text_config(decoder=True)
+    context = getattr(text, "max_position_embeddings", None)
+    if not isinstance(context, int) or context < 1:
+        return None
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) not in ("linear", "dynamic", "yarn"):
+        return context
+    stretched = rope.get("factor", 1.0) * (rope.get("original_max_position_embeddings") or context)
+    return max(context, int(stretched))
+
+
 def fingerprint(model: PreTrainedModel) -> str:
     """A short name for the weights: every tensor's name, shape and some 1,024 of its values, evenly spaced and rounded
     to bfloat16, so that it is the same whether the model was loaded in 32 or in 16 bits."""
@@ -120,6 +137,14 @@ def fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(picked.to(torch.bfloat16).float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def fingerprint_of(name: str) -> str:
+    """That of the model named in a recipe, read in main memory, of which nothing is kept."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return fingerprint(_explained(name, AutoModelForCausalLM.from_pretrained, dtype=torch.bfloat16))
 
 
 def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:

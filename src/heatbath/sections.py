@@ -369,7 +369,7 @@ class Recipe(Section):
     model: str | None = None
     name: str | None = None
     published: str | None = None
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what numpy takes
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     template: str | None = None
     data: AnyData = Field(default_factory=lambda: NoData(source="none"))

@@ -109,6 +109,7 @@ def test_a_prompt_is_continued_as_it_stands_or_asked_in_a_chat(gsm8k: Path) -> N
 
 def test_what_stands_behind_a_stop_text_does_not_count(gsm8k: Path) -> None:
     task = find(gsm8k)
+    assert task.stops == ["Question:", "</s>", "<|im_end|>"]
     golds = [as_gold("lm_eval", str(row.answer)) for row in task.rows(None, 1)]
     told = ["#### 18\nQuestion: 1 + 1?\nAnswer: #### 2", "Question: #### 18", "#### 18</s>#### 3", "#### 17", ""]
     with task.grader() as grader:

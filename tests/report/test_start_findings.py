@@ -164,6 +164,9 @@ def test_a_run_of_tasks_alone_is_judged_by_the_largest() -> None:
     tasks = {"small": task(30, 0.3), "large": task(500, -0.1), "rated": {"policies": {}, "differences": []}}
     seen = unimproved(0, 0, 0, results={"policies": {}, "differences": [], "tasks": tasks})
     assert under_constrained(seen).number == -0.1
+    rated = task(80, -0.2) | {"kind": "judge"}
+    seen = unimproved(0, 0, 0, results={"policies": {}, "differences": [], "tasks": {"mt_bench": rated}})
+    assert under_constrained(seen) is None
 
 
 def profile(share: float, beta: float | None = 10.0, **changes) -> dict:
@@ -229,7 +232,7 @@ def test_samples_are_counted_by_policy_for_one_task() -> None:
     other = [sample("base", "a", "right", task="gsm8k") for _ in range(5)] + [
         sample("base", "b", "wrong", task="aime24")
     ]
-    rated = [{"policy": "base", "problem": "1", "task": "mt_bench"}] * 9
+    rated = [sample("base", "1", "answered", task="mt_bench")] * 9
 
     def plain(rows: list[dict]) -> dict:
         return {p: (list(ids), n.tolist(), c.tolist()) for p, (ids, n, c) in counted(rows).items()}

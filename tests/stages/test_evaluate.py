@@ -1,6 +1,7 @@
 """An evaluation of tasks beside the run's own problems: what is asked, what is kept, what a kill loses."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,15 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from heatbath import samples
+from heatbath import models, samples
 from heatbath.data.sources import load as load_data
+from heatbath.data.tasks import Task
+from heatbath.engines.sampling import LeftOutError, seed_of
 from heatbath.errors import RecipeError, RunError
 from heatbath.ideas.intervals import holm
 from heatbath.progress import Progress
 from heatbath.recipe import Recipe, parse
+from heatbath.report.page import write_report
 from heatbath.run import Run
-from heatbath.stages import scoring
-from heatbath.stages.evaluate import rescore, run_evaluation
+from heatbath.stages import evaluate, scoring
+from heatbath.stages.evaluate import missing, rescore, run_evaluation
 from heatbath.stages.exams import exams
 
 TASK = """
@@ -71,6 +75,23 @@ def test_a_task_is_sampled_as_the_entry_else_its_definition_else_the_recipe_says
     assert exams(one, load_data(one.data, 0))[1].k == (1,)  # pass@2 of [eval] needs two samples
     with pytest.raises(RecipeError, match="arithmetic' is there twice"):
         recipe(small_base, ["arithmetic", "arithmetic"])
+    more = recipe(small_base, [{"name": str(task), "k": [1, 3]}])  # of a table without samples, [eval] has 2
+    with pytest.raises(RecipeError, match=r"pass@3 of capitals needs at least 3 samples, not 2"):
+        exams(more, load_data(more.data, 0))
+    task.write_text(TASK.replace("max_new_tokens = 3", "max_new_tokens = 3, samples = 4, k = [4]"))
+    fewer = recipe(small_base, [{"name": str(task), "samples": 1}])
+    with pytest.raises(RecipeError, match="pass@4 of capitals needs") as caught:
+        exams(fewer, load_data(fewer.data, 0))
+    assert caught.value.remedy.endswith("samples = 1, k = [1] }")
+
+
+def test_two_files_with_tasks_of_one_name_are_refused(small_base: Path, task: Path) -> None:
+    other = task.with_name("other.toml")
+    other.write_text(TASK)
+    made = recipe(small_base, [str(task), "arithmetic", str(other)])
+    with pytest.raises(RecipeError, match="two tasks are called 'capitals'") as caught:
+        exams(made, load_data(made.data, 0))
+    assert caught.value.where == f"eval.tasks, {task} and {other}"
 
 
 def test_results_are_those_of_each_exam_alone(small_base: Path, task: Path, tmp_path: Path) -> None:
@@ -107,12 +128,103 @@ def test_tasks_and_samples_are_added_to_those_there(small_base: Path, task: Path
     }
 
 
+def test_what_is_missing_is_known_by_its_seed(small_base: Path, tmp_path: Path) -> None:
+    made = recipe(small_base, [], samples=4)
+    run, found = evaluated(tmp_path / "run", made)
+    (exam,), whole = exams(made, load_data(made.data, made.seed)), run.samples()
+    asked = {(row.id, n): seed_of(made.seed, "test", row.id, n) for row in exam.rows for n in range(4)}
+    assert sorted(asked.values()) == sorted(row["seed"] for row in whole)
+    first, second = (row.id for row in exam.rows)
+    gone = {asked[first, 1], asked[second, 0], asked[second, 2]}
+    run.replace_samples([row for row in whole if row["seed"] not in gone])  # as a killed draw from a server leaves it
+    lacking = [(row.id, n) for row, n in missing(run.samples(), exam, made.seed)]
+    assert lacking == [(first, 1), (second, 0), (second, 2)]
+    assert run_evaluation(run, made, Progress(quiet=True)) == found
+    facts = [sorted((row["seed"], row["completion"]) for row in rows) for rows in (whole, run.samples())]
+    assert facts[0] == facts[1]
+    former = [{k: v for k, v in row.items() if k != "seed"} for row in whole if row["problem"] == first][:3]
+    lacking = [(row.id, n) for row, n in missing(former, exam, made.seed)]
+    assert lacking == [(first, 3), *((second, n) for n in range(4))]
+
+
 def test_fewer_problems_later_are_scored_alone(small_base: Path, task: Path, tmp_path: Path) -> None:
     run, _ = evaluated(tmp_path / "run", recipe(small_base, [str(task)]))
     fewer = recipe(small_base, [str(task)], problems=1)
     found = run_evaluation(Run(run.folder, fewer), fewer, Progress(quiet=True))
     assert found["tasks"]["capitals"]["policies"]["base"]["problems"] == 1
     assert len(run.samples(task="capitals")) == 6
+
+
+def test_a_policy_that_lacks_samples_is_named_and_not_scored(
+    small_base: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cold = recipe(small_base, [str(task)])
+    run, found = evaluated(tmp_path / "run", cold)
+    assert found["incomplete"] == []
+    warm = parse(cold.model_dump(mode="json") | {"sft": {}})
+    rows = [row | {"policy": "init"} for row in run.samples()]
+    run.add_samples([row for row in rows if row["task"] == "capitals" or row is not rows[0]])  # killed before the last
+    run = Run(run.folder, warm).write()
+    again = rescore(run, warm, Progress())
+    assert again["policies"] == found["policies"] and again["differences"] == []
+    assert list(again["tasks"]["capitals"]["policies"]) == ["base", "init"]
+    assert {d["mean"] for d in again["tasks"]["capitals"]["differences"]} == {0.0}
+    lacking = {"task": "test", "policy": "init", "lacking": 1, "problems": 2, "samples": 2}
+    assert again["incomplete"] == [lacking]
+    said = "init is not scored: 1 of 2 problems have fewer than the 2 samples that pass@2 takes"
+    assert said in capsys.readouterr().err and f"{said}." in write_report(run)["html"].read_text()
+    run.replace_samples(rows[:1] + [row for row in run.samples() if row["task"] == "capitals"][:5])
+    none = rescore(run, warm, Progress(quiet=True))
+    assert (none["policies"], none["tasks"]) == ({}, {}) and len(none["incomplete"]) == 2
+    assert "base in capitals is not scored" in write_report(run)["md"].read_text()
+
+
+def test_prompts_that_do_not_fit_cost_the_other_scores_nothing(small_base: Path, task: Path, tmp_path: Path) -> None:
+    long = [
+        ROWS[0],
+        {**ROWS[1], "question": "The capital of Italy? " * 12},
+        ROWS[2],
+    ]  # 264 tokens, a context of 256
+    task.with_name("capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    made = parse(recipe(small_base, [str(task)]).model_dump(mode="json") | {"sft": {}})
+    run = Run(tmp_path / "run", made).write()
+    shutil.copytree(small_base, run.checkpoint("init"))
+    for _ in range(2):  # and a rerun says the same
+        with pytest.raises(LeftOutError, match=r"2 of \d prompts do not fit") as caught:
+            run_evaluation(run, made, Progress(quiet=True))
+        assert "again" not in caught.value.remedy
+        found = run.read_json("results.json")
+        assert list(found["policies"]) == ["base", "init"] and found["tasks"] == {}
+        assert [(one["policy"], one["lacking"]) for one in found["incomplete"]] == [("base", 1), ("init", 1)]
+        assert len(run.samples()) == 2 * (4 + 4)
+
+
+def test_a_stop_text_of_the_task_ends_a_completion(
+    small_base: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, found = evaluated(tmp_path / "a", recipe(small_base, [str(task)], own=0))
+    rows = run.samples()
+    assert {row["finish"] for row in rows} == {"length"}
+    monkeypatch.setattr(Task, "stops", [rows[0]["completion"][1]])
+    run, stopped = evaluated(tmp_path / "b", recipe(small_base, [str(task)], own=0))
+    for row in run.samples():
+        ends = Task.stops[0] in row["completion"]
+        assert (row["finish"], row["finished"]) == (("stop", True) if ends else ("length", False))
+    cut = [part["tasks"]["capitals"]["policies"]["base"]["truncated_share"] for part in (found, stopped)]
+    assert cut[0] == 1.0 > cut[1]
+
+
+def test_a_changed_base_is_noticed_whichever_engine_samples(
+    small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(small_base, [])
+    run, _ = evaluated(tmp_path / "run", made)
+    assert run.read_json("base.json")["fingerprint"] == models.fingerprint_of(str(small_base))
+    run.write_json("base.json", {"model": "x", "fingerprint": "other"})
+    more = recipe(small_base, [], samples=3, engine="vllm")
+    monkeypatch.setattr(evaluate, "open_sampler", None)  # it does not come to that
+    with pytest.raises(RunError, match="not the one this run began with"):
+        run_evaluation(Run(run.folder, more), more, Progress(quiet=True))
 
 
 def test_samples_of_other_conditions_are_not_mixed(small_base: Path, task: Path, tmp_path: Path) -> None:

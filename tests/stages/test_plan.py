@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from conftest import small_model
+from conftest import small_model, small_tokenizer
 from heatbath import recipe as recipes
 from heatbath.data import sources
 from heatbath.errors import DataError, RecipeError
@@ -67,6 +67,26 @@ def test_real_problems_pass_every_check_and_are_counted(small_base: Path) -> Non
     ):
         assert part in text
     assert json.loads(json.dumps(found)) == found
+
+
+def test_what_goes_beyond_the_models_context_is_said_once(small_base: Path, tmp_path: Path) -> None:
+    data = {"source": "arithmetic", "demos": 8, "validation": 0, "prompts": 8, "test": 4}
+    longer = recipe(small_base, data)
+    (note,) = plan(longer, ALL, [])["notes"]  # the small model's context is 256, and eval.max_new_tokens 8,192
+    assert note.startswith("test: a prompt of 20 tokens and eval.max_new_tokens = 8,192 exceed the model's context of")
+    fits = longer.model_copy(update={"eval": longer.eval.model_copy(update={"max_new_tokens": 236})})
+    assert plan(fits, ALL, [])["notes"] == []
+    settings = fits.rl.model_copy(update={"max_new_tokens": 237})
+    wordy = fits.model_copy(update={"rl": settings})
+    (note,) = plan(wordy, ALL, [])["notes"]
+    assert note.startswith("a prompt of 20 tokens and rl.max_new_tokens = 237") and "learned nothing" in note
+    config = GPT2Config(vocab_size=101, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    small_tokenizer().save_pretrained(tmp_path)
+    ending = fits.model_copy(update={"model": str(tmp_path), "rl": fits.rl.model_copy(update={"max_new_tokens": 45})})
+    with pytest.raises(RecipeError, match="context of 64 tokens") as caught:
+        plan(ending, ALL, [])
+    assert caught.value.remedy.startswith("rl.max_new_tokens = 44 or less")
 
 
 def test_a_real_row_with_characters_unknown_to_the_tokenizer_is_named(small_base: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 from conftest import small_model, small_tokenizer
 from heatbath import recipe as recipes
 from heatbath.data import sources
+from heatbath.engines.sampling import seeds_of
 from heatbath.ideas.intervals import mean_with_interval
 from heatbath.progress import Progress
 from heatbath.run import Run
@@ -143,6 +144,19 @@ def test_measuring_leaves_no_trace_and_is_the_same_again(tmp_path: Path) -> None
     assert measured(tmp_path / "b", recipe())[1] == one
     adapted = peft.get_peft_model(small_model(), peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.5))
     assert measured(tmp_path / "c", recipe(), model=adapted)[1] == one  # adapters begin at zero
+
+
+def test_runs_of_neighbouring_seeds_share_no_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[list[int]] = []
+    sample = readiness.LocalSampler.sample
+    monkeypatch.setattr(
+        readiness.LocalSampler,
+        "sample",
+        lambda *given: kept.append(seeds_of(given[3], len(given[1]))) or sample(*given),
+    )
+    for seed in (3, 4):
+        measured(tmp_path / str(seed), recipe().model_copy(update={"seed": seed}))
+    assert len({*kept[0], *kept[1]}) == 2 * 7 * G
 
 
 def test_it_is_measured_once_and_not_at_all_where_not_wanted(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from policy_trainers import G, even_letters, make, texts
 from conftest import small_model, small_tokenizer
 from heatbath import recipe as recipes
 from heatbath.data import rendering
-from heatbath.errors import DataError, RunError
+from heatbath.errors import DataError, RecipeError, RunError
 from heatbath.progress import Progress
 from heatbath.run import Run
 from heatbath.stages.rewards import verdict_reward
@@ -90,6 +90,10 @@ def test_too_few_prompts_and_a_missing_start_are_named(small_base: Path, tmp_pat
     few = recipe(small_base, prompts=10)
     with pytest.raises(DataError, match="9 prompts"):
         run_rl(Run.create(tmp_path / "a", few), few, Progress(quiet=True))
+    blind = recipe(small_base, eval_every=1)
+    blind = blind.model_copy(update={"data": blind.data.model_copy(update={"test": 0})})
+    with pytest.raises(RecipeError, match=r"rl.eval_every = 1 answers test problems .* there are none"):
+        run_rl(Run.create(tmp_path / "c", blind), blind, Progress(quiet=True))
     table = recipe(small_base).model_dump(mode="json")
     warm = recipes.parse({**table, "sft": {"objective": "sft"}})
     with pytest.raises(RunError, match="no 'init' policy"):

@@ -136,6 +136,16 @@ def test_a_problem_without_a_solution_is_no_demonstration(work: Path, monkeypatc
     assert found.problems == [rows[0].id, rows[2].id] and found.report()["problems"] == 1
 
 
+def test_a_prompt_that_leaves_no_room_is_left_out_and_counted(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Row("1 + 1?", "2", "2"), Row("How much is 1 + 2, if you please?", "3", "3")]
+    monkeypatch.setattr(shift_rows.sources, "load", lambda *_: Splits([], rows, [], []))
+    recipe = Run.read(work / "runs" / "gift").recipe
+    found = shift_rows.demonstrations(recipe, small_tokenizer(), Settings(max_length=20), "x")
+    assert found.problems == [rows[0].id] and found.report()["left_out"] == 1
+    told = shift_summary.described({**read_shift(work / "runs" / "gift"), "data": found.report()})
+    assert "1 left out, whose prompt fills 20 tokens" in told
+
+
 def test_samples_follow_their_prompt(runs: Path) -> None:
     run, tokenizer = Run.read(runs / "runs" / "gift"), small_tokenizer()
     found = shift_rows.samples(run, run.recipe, tokenizer, Settings(on="samples:final"), "x")
@@ -217,6 +227,17 @@ def test_only_what_has_changed_is_measured_again(runs: Path, monkeypatch: pytest
     assert after["transitions"][1] != before["transitions"][1]
     Run.read(run).forget("rl")
     assert not (run / "shift.json").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_16_bits_the_models_are_the_runs_own(dtype: str, runs: Path) -> None:
+    whole = read_shift(runs / "runs" / "gift")
+    code, said = call(runs, f"shift runs/gift topk=1,3,10 dtype={dtype}")
+    assert code == 0, said
+    found = read_shift(runs / "runs" / "gift")
+    assert found["models"] == whole["models"] and found["options"]["dtype"] == dtype
+    a, b = (each["transitions"][0]["l2"]["mean"] for each in (found, whole))
+    assert a == pytest.approx(b, rel=0.1)
 
 
 def test_two_models_in_memory_at_most(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

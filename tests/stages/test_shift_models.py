@@ -211,6 +211,15 @@ def test_models_that_cannot_be_compared() -> None:
         measured(small_model(), moved(1), sequences(), Settings(topk=(500,)))
 
 
+@pytest.mark.parametrize(("dtype", "says"), [("float32", "broken"), ("float16", "dtype=float32")])
+def test_states_that_are_not_finite_are_an_error(dtype: str, says: str) -> None:
+    broken = small_model()
+    broken.model.layers[0].mlp.down_proj.weight.data[:, 0] = torch.inf
+    with pytest.raises(RunError, match=r"is nan of a sequence") as caught:
+        measured(small_model(), broken, sequences(), Settings(topk=KS, dtype=dtype))
+    assert caught.value.where == "problem a" and says in caught.value.remedy
+
+
 def test_padded_rows_of_the_head_can_be_left_out() -> None:
     a, b, on = small_model(tied=False), moved(1, tied=False), sequences()
     wanted, rows = measured(a, b, on), a.get_output_embeddings().weight.shape[0]

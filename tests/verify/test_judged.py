@@ -18,7 +18,7 @@ from scipy import stats
 from conftest import small_tokenizer
 from heatbath.data import rendering
 from heatbath.data.tasks import find
-from heatbath.engines.sampling import Completion, Sampling
+from heatbath.engines.sampling import Completion, LeftOutError, Sampling
 from heatbath.errors import RecipeError, RunError
 from heatbath.progress import Progress
 from heatbath.recipe import parse
@@ -115,6 +115,22 @@ def judge(run: Run, exam: Exam, *policies: str) -> dict:
 
 def conversations(server: object) -> list[str]:
     return sorted(request["messages"][-1]["content"] for request in server.requests)
+
+
+def test_a_first_answer_that_cannot_be_had_costs_no_other_its_second(exam: Exam, tmp_path: Path) -> None:
+    class Choosy(Policy):
+        def sample(self, prompts, settings, seeds):
+            kept = [i for i, prompt in enumerate(prompts) if "ask 3?" not in TOKENIZER.decode(prompt)]
+            for batch in super().sample([prompts[i] for i in kept], settings, [seeds[i] for i in kept]):
+                yield [replace(completion, prompt=kept[completion.prompt]) for completion in batch]
+            if len(kept) < len(prompts):
+                raise LeftOutError("a prompt was refused")
+
+    run = made(tmp_path)
+    for _ in range(2):
+        with pytest.raises(LeftOutError):
+            ask(run, exam, "base", Choosy())
+        assert len(run.samples("base", "talk")) == 2 * (COUNT - 1)
 
 
 def test_both_turns_are_asked_the_second_with_the_first_in_its_history(exam: Exam, tmp_path: Path) -> None:

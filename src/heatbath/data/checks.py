@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from heatbath import models
 from heatbath.data import rendering
 from heatbath.data.rendering import IGNORE, Rendered
 from heatbath.data.rows import Row
-from heatbath.errors import DataError, RunError
+from heatbath.errors import DataError, RecipeError, RunError
 from heatbath.verify.graders import Grader, Kind, as_gold
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ MOST_UNKNOWN = 0.01
 MOST_PROGRAMS = 20  # programming problems whose tests are tried before step 1
 MOST_LOST = 0.5  # of gold answers that a plain statement does not bring through the grader (of MATH's it is 0.25 %)
 PRETRAIN_LENGTH = 1024  # tokens; the context of a model that [pretrain] makes
+# Architectures whose table of positions has an end, instead of rotating by any angle.
+ENDING = ("gpt2", "gpt_bigcode", "gpt_neo", "gptj", "codegen", "opt", "biogpt", "xglm")
 # What exports write where an answer is missing; a text may be an answer, these are none.
 PLACEHOLDERS = ("nan", "none", "null", "n/a", "na", "inf", "-inf", "tbd", "todo", "unknown")
 
@@ -158,6 +161,22 @@ def require_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
             f"model; the last token is {last!r}",
             "take both from the same folder; after adding tokens, resize the model's embeddings and save it",
         )
+
+
+def beyond_context(config: Any, stage: str, longest: int, new: int) -> list[str]:
+    """What to say where the longest prompt and the new tokens that a stage allows do not fit into the model's context.
+    Raises RecipeError for RL of a model whose table of positions ends there."""
+    context = PRETRAIN_LENGTH if config is None else models.context_of(config)
+    if context is None or longest + new <= context:
+        return []
+    said = f"a prompt of {longest:,} tokens and {stage}.max_new_tokens = {new:,} exceed the model's context of "
+    said += f"{context:,} tokens"
+    if stage != "rl":
+        return [f"{said}: completions end there"]
+    if config is not None and config.get_text_config().model_type in ENDING:
+        lower = f"rl.max_new_tokens = {context - longest} or less" if longest < context else "shorter prompts"
+        raise RecipeError(said, "rl.max_new_tokens", f"{lower}, or a model with a longer context")
+    return [f"{said}: beyond it the model has learned nothing"]
 
 
 def require_askable(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe, split: str) -> None:

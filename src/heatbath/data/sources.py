@@ -70,6 +70,12 @@ def require(splits: Splits, recipe: Recipe, stages: tuple[str, ...]) -> None:
             "data.prompts",
             "give more prompts or lower rl.prompts",
         )
+    if "rl" in stages and recipe.rl is not None and recipe.rl.eval_every and not splits.test:
+        raise RecipeError(
+            f"rl.eval_every = {recipe.rl.eval_every} answers test problems while RL runs, and there are none",
+            "rl.eval_every",
+            "give data.test rows, or set it to 0",
+        )
     if "eval" in stages and not splits.test and not recipe.eval.tasks:
         raise DataError("no test problems", "data.test", "the eval stage needs at least one, or eval.tasks")
 

@@ -115,6 +115,11 @@ class Task(Reading):
         return False
 
     @property
+    def stops(self) -> list[str]:
+        """Texts behind which nothing of a completion counts."""
+        return []
+
+    @property
     def origin(self) -> str:
         """Where its rows come from, in a few words."""
         if self.source != "table":

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from heatbath.engines.sampling import Closing, Completion, Sampling, seeds_of, until_eos
+from heatbath.engines.sampling import Closing, Completion, LeftOutError, Sampling, seeds_of, until_eos
 from heatbath.errors import HeatbathError, RecipeError, RunError
 from heatbath.verify.endpoint import Endpoint, RefusalError
 
@@ -60,9 +60,9 @@ class ApiSampler(Closing):
     ) -> Iterator[list[Completion]]:
         """Yields completions in the order in which they come, `concurrency` at a time.
 
-        Raises RunError where the server refuses, fails for long, reads another prompt than was sent, or answers with
-        more tokens than were asked for; everything that had come is yielded first, and a prompt that is refused (too
-        long) holds up no other.
+        Raises RunError where the server fails for long, reads another prompt than was sent, or answers with more tokens
+        than were asked for; everything that had come is yielded first. A prompt that is refused (too long) holds up no
+        other: LeftOutError says so in the end.
         """
         own, come = seeds_of(seeds, len(prompts)), 0
         if prompts and self._form is None:
@@ -86,12 +86,10 @@ class ApiSampler(Closing):
             yield ready
         if failures:
             first = min(failures, key=lambda error: isinstance(error, RefusalError))
-            raise RunError(
-                first.what,
-                first.where,
-                f"{_remedy(first)}; {come:,} of {len(prompts):,} completions came and are kept, and the same command "
-                "asks for the rest",
-            )
+            remedy = f"{_remedy(first)}; {come:,} of {len(prompts):,} completions came and are kept"
+            if isinstance(first, RefusalError):
+                raise LeftOutError(first.what, first.where, remedy)
+            raise RunError(first.what, first.where, f"{remedy}, and the same command asks for the rest")
 
     def close(self) -> None:
         self._server.close()
@@ -183,7 +181,9 @@ def _checked(content: Any) -> dict[str, Any]:
 
 def _remedy(error: HeatbathError) -> str:
     if isinstance(error, RefusalError):
-        return "take shorter prompts or a lower max_new_tokens, so that both fit into the server's context"
+        return (
+            "take shorter prompts, a lower max_new_tokens or a longer context of the server, so that both fit into it"
+        )
     return error.remedy
 
 

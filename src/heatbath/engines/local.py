@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from heatbath import models
-from heatbath.engines.sampling import Closing, Completion, Sampling, eos_ids_of, seeds_of, until_eos
+from heatbath.engines.sampling import Closing, Completion, LeftOutError, Sampling, eos_ids_of, seeds_of, until_eos
 from heatbath.errors import RunError
 
 if TYPE_CHECKING:
@@ -45,25 +45,32 @@ class LocalSampler(Closing):
         dtype = models.autocast_dtype(precision) or torch.float32
         self.model: PreTrainedModel = models.load_model(model, dtype) if isinstance(model, str) else model
         self.batch, self.pad_id = batch, tokenizer.pad_token_id
+        self.context = models.context_of(self.model.config)
         self.eos_ids = eos_ids_of(self.model, tokenizer)
 
     def sample(
         self, prompts: Sequence[list[int]], settings: Sampling, seeds: int | Sequence[int]
     ) -> Iterator[list[Completion]]:
-        """Yields batches, the longest prompts first. A batch that does not fit into memory is halved and drawn again.
+        """Yields batches, the longest prompts first. A batch that does not fit into memory is halved and drawn again;
+        a completion ends where the model's context does.
 
-        Raises RunError where not even one prompt fits, or the model gives no finite logits.
+        Raises RunError where not even one prompt fits, or the model gives no finite logits; LeftOutError in the end
+        where prompts leave no room in the context.
         """
         own = seeds_of(seeds, len(prompts))
-        left = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        most_new = [self._most_new(prompt, settings) for prompt in prompts]
+        left = sorted((i for i, new in enumerate(most_new) if new > 0), key=lambda i: -len(prompts[i]))
         per_token, droppable = _cache_of(self.model)
         most = self.batch or len(prompts)
         while left:
             width = len(prompts[left[0]])
-            size = min(most, self.batch or fitting(self.model, width, settings.max_new_tokens, per_token))
+            size = min(most, self.batch or fitting(self.model, width, most_new[left[-1]], per_token))
             rows = left[:size]
+            if not droppable:  # then all rows of a batch go on until the last one ends
+                rows = [i for i in rows if most_new[i] == most_new[rows[0]]]
+            limits = [most_new[i] for i in rows]
             try:
-                found = self._draw([prompts[i] for i in rows], settings, [own[i] for i in rows], droppable)
+                found = self._draw([prompts[i] for i in rows], limits, settings, [own[i] for i in rows], droppable)
             except (MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
@@ -79,8 +86,20 @@ class LocalSampler(Closing):
                 most = len(rows) // 2
                 _free()
                 continue
-            left = left[size:]
+            left = left[len(rows) :]
             yield [self._completion(i, ids) for i, ids in zip(rows, found, strict=True)]
+        if long := [len(prompt) for prompt, new in zip(prompts, most_new, strict=True) if new <= 0]:
+            raise LeftOutError(
+                f"{len(long):,} of {len(prompts):,} prompts do not fit into the model's context of {self.context:,} "
+                f"tokens (the longest has {max(long):,})",
+                "sampling",
+                "leave these problems out, or take a model with a longer context",
+            )
+
+    def _most_new(self, prompt: list[int], settings: Sampling) -> int:
+        """Tokens that the completion may have, 0 or less where the prompt fills the context."""
+        most = settings.max_new_tokens
+        return most if self.context is None else min(most, self.context - len(prompt))
 
     def close(self) -> None:
         if hasattr(self, "model"):
@@ -91,8 +110,10 @@ class LocalSampler(Closing):
         return Completion(prompt, ids, "eos" if ids[-1] in self.eos_ids else "length")
 
     @torch.inference_mode()
-    def _draw(self, prompts: list[list[int]], settings: Sampling, seeds: list[int], droppable: bool) -> list[list[int]]:
-        """The completions of prompts, in order, up to and including EOS.
+    def _draw(
+        self, prompts: list[list[int]], limits: list[int], settings: Sampling, seeds: list[int], droppable: bool
+    ) -> list[list[int]]:
+        """The completions of prompts, in order, up to and including EOS, each of `limits` tokens at most.
 
         They are left-padded, so that each continues its prompt directly. `generate` is left whenever enough rows have
         ended, and goes on with the cache of the others.
@@ -103,14 +124,15 @@ class LocalSampler(Closing):
         rows, draw = list(range(len(prompts))), _Draw(settings, seeds)
         cache = self._shared(ids, mask, prompts) if droppable else None
         found: list[list[int]] = [[] for _ in prompts]
-        end = width + settings.max_new_tokens
         ends = torch.tensor(self.eos_ids, dtype=torch.long, device=device)
         while rows:
+            end = width + min(limits[i] for i in rows)  # where the first of them must end
             ended = _Ended(ends, max(1, int(len(rows) * DROPPED)) if droppable else len(rows))
             out = self._generate(ids, mask, new=end - ids.shape[1], cache=cache, hooks=(draw, ended))
             draw.require_finite()
             ids, cache = out.sequences, out.past_key_values
-            over = ended.rows if ids.shape[1] < end else torch.ones_like(ended.rows)
+            full = torch.tensor([width + limits[i] <= ids.shape[1] for i in rows], device=device)
+            over = ended.rows | full
             for i in over.nonzero()[:, 0].tolist():
                 found[rows[i]] = until_eos(ids[i, width:].tolist(), self.eos_ids)
             live = (~over).nonzero()[:, 0]

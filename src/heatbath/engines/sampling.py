@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
-from heatbath.errors import RecipeError
+from heatbath.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,6 +61,11 @@ class Completion:
     @property
     def retokenised(self) -> bool:
         return self.text is not None
+
+
+class LeftOutError(RunError):
+    """The engine does not take some prompts (too long, filtered), and will not take them when asked again. Raised only
+    after the completions of all others."""
 
 
 class Sampler(Protocol):

@@ -50,6 +50,10 @@ class LmEvalTask(Task):
         return not self._chat
 
     @property
+    def stops(self) -> list[str]:
+        return [stop for stop in stops_of(self._harness) if stop]
+
+    @property
     def origin(self) -> str:
         import lm_eval
 

@@ -9,6 +9,7 @@ from typing import Any
 from heatbath import recipe as recipes
 from heatbath.report import tables
 from heatbath.run import Run
+from heatbath.stages import scoring
 
 Rows = Sequence[Mapping[str, Any]]
 TRAINED = ("sft", "preference", "rl")
@@ -166,6 +167,7 @@ def caveats(run: Run, results: Mapping[str, Any] | None, profile: Mapping[str, A
         for task, one in results.get("tasks", {}).items():
             for name, found in one["policies"].items():
                 said += of_scores(found, f"{name} in {task}", None)
+        said += [f"{scoring.unscored(one)}." for one in results.get("incomplete", ())]
         if recipe.data.source == "arithmetic":
             said.append("No format is asked for: a box, '####', 'the answer is' or else the last number is graded.")
     if profile and profile.get("rows", 0) < profile.get("demonstrations", 0):

@@ -69,7 +69,6 @@ def gather(run: Run) -> dict[str, Any]:
     readiness, seen, samples = _readiness(run), findings.Seen.of(run), browser.read(run)
     shift = run.read_json("shift.json")
     note = surprise_section.note(profile) if profile else ""
-    unjudged = findings.unjudged(seen)
     found = {
         "title": captions.title(recipe),
         "subtitle": f"{recipe.model or 'a new base'} · seed {recipe.seed} · {env['started'][:10]} · {env['device']}",
@@ -88,8 +87,7 @@ def gather(run: Run) -> dict[str, Any]:
         "readiness_text": captions.readiness(readiness) if readiness else "",
         "readiness_rows": tables.readiness_rows(readiness, readiness["happened"]) if readiness else [],
         "findings": [asdict(found) for found in findings.find(seen)],
-        "unjudged": [asdict(found) for found in unjudged],
-        "no_findings": "None." if len(unjudged) < len(findings.LOOKS) else "None could be judged.",
+        "unjudged": [asdict(found) for found in findings.unjudged(seen)],
         "looked_for": bool(results or any(logged.values())),
         **logged,
         "training": [stage for name in logged if (stage := _training(name, logged[name]))],
@@ -270,7 +268,7 @@ def _markdown(found: Mapping[str, Any]) -> str:
         listed = [
             f"- **{f['name']}**: {f['says']}. {f['remedy'][0].upper()}{f['remedy'][1:]}." for f in found["findings"]
         ]
-        listed = listed or [f"{found['no_findings']}\n"]
+        listed = listed or ["None.\n"]
         listed += [f"- not judged: {u['name']} ({u['why']})" for u in found["unjudged"]]
         parts += ["## Findings", "\n".join(listed)]
     parts += ["## Read this with care", "\n".join(f"- {c}" for c in found["caveats"])]

@@ -11,6 +11,7 @@ from typing import Any
 from heatbath.recipe import Recipe
 from heatbath.run import OWN_TEST, Run
 from heatbath.stages.scoring import Counted, per_problem
+from heatbath.verify.verdict import STATUSES
 
 Rows = Sequence[dict[str, Any]]
 
@@ -60,7 +61,7 @@ class Seen:
 def counted(samples: Rows) -> dict[str, Counted]:
     """By policy the problems with their samples and right samples: of the run's own test problems, or where it has none
     of the task of which it has most samples."""
-    graded = [row for row in samples if "status" in row]
+    graded = [row for row in samples if row.get("status") in STATUSES]  # answers for a judge are not
     tasks = Counter(row.get("task", OWN_TEST) for row in graded)
     if not tasks:
         return {}

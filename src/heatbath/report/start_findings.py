@@ -212,8 +212,10 @@ def _recovered(means: Floats) -> Floats:
 
 
 def _difference(results: Any, before: str, after: str) -> dict[str, Any] | None:
-    """The paired difference of pass@1 between two policies: on the run's own problems, else on the largest task."""
-    tasks = sorted(results.get("tasks", {}).values(), key=_problems, reverse=True)
+    """The paired difference of pass@1 between two policies: on the run's own problems, else on the largest task.
+    Ratings of a judge are no pass@1."""
+    graded = [part for part in results.get("tasks", {}).values() if part.get("kind") != "judge"]
+    tasks = sorted(graded, key=_problems, reverse=True)
     for part in (results, *tasks):
         for found in part.get("differences", []):
             if (found["from"], found["to"], found["k"]) == (before, after, 1):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from heatbath import models
 from heatbath.data import sources
 from heatbath.data.rows import Row
-from heatbath.engines.sampling import Completion, Sampler, open_sampler, seed_of
+from heatbath.engines.sampling import Completion, LeftOutError, Sampler, open_sampler, seed_of
 from heatbath.errors import RunError
 from heatbath.progress import Progress
 from heatbath.recipe import Recipe
@@ -31,7 +31,8 @@ SAMPLING = "sampling.json"  # by task, the conditions that its samples were draw
 
 
 def run_evaluation(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
-    """Samples what is still missing of the run's policies, grades it, and returns the content of results.json."""
+    """Samples what is still missing of the run's policies, grades it, and returns the content of results.json. Raises
+    LeftOutError, after everything else is done and written, where an engine takes a prompt not at all."""
     splits = sources.of(recipe)
     sources.require(splits, recipe, ("eval",))
     asked = exams(recipe, splits)
@@ -39,14 +40,21 @@ def run_evaluation(run: Run, recipe: Recipe, progress: Progress) -> dict[str, An
     for exam in asked:
         _require_same_conditions(run, exam)
     policies = evaluated(run, recipe)
-    for policy in policies:
-        sample_policy(run, recipe, policy, asked, progress)
+    left_out = [error for policy in policies for error in sample_policy(run, recipe, policy, asked, progress)]
     results = write_results(run, recipe, asked)  # a judge who does not answer must not cost the other scores
+    _tell_incomplete(results, progress)
     for exam in (exam for exam in asked if exam.kind == JUDGE):
         for policy in policies:
             judged.judge_answers(run, recipe, exam, policy, progress)
         results = write_results(run, recipe, asked)
+    if left_out:
+        raise left_out[0]
     return results
+
+
+def _tell_incomplete(results: dict[str, Any], progress: Progress) -> None:
+    for one in results["incomplete"]:
+        progress.say(scoring.unscored(one))
 
 
 def evaluated(run: Run, recipe: Recipe) -> list[str]:
@@ -62,9 +70,9 @@ def rescore(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     rows = run.samples()
     if not rows:
         raise RunError("the run has no samples to grade", str(run.folder), "run the eval stage first")
-    asked = [exam for exam in exams(recipe, sources.of(recipe)) if exam.kind != JUDGE]
+    asked = exams(recipe, sources.of(recipe))
     graded: dict[int, dict[str, Any]] = {}
-    for exam in asked:
+    for exam in (exam for exam in asked if exam.kind != JUDGE):
         own = [i for i, row in enumerate(rows) if row["task"] == exam.name]
         with exam.grader(recipe) as grader:
             verdicts = grader.grade([rows[i]["completion"] for i in own], _golds([rows[i] for i in own], exam))
@@ -72,7 +80,9 @@ def rescore(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     changed = sum(rows[i]["status"] != row["status"] for i, row in graded.items())
     run.replace_samples([graded.get(i, row) for i, row in enumerate(rows)])
     progress.say(f"graded {len(graded):,} samples again: {changed} verdicts changed")
-    return write_results(run, recipe, exams(recipe, sources.of(recipe)))
+    results = write_results(run, recipe, asked)
+    _tell_incomplete(results, progress)
+    return results
 
 
 def _golds(samples: list[dict[str, Any]], exam: Exam) -> list[Any]:
@@ -87,18 +97,17 @@ def _golds(samples: list[dict[str, Any]], exam: Exam) -> list[Any]:
 
 def write_results(run: Run, recipe: Recipe, asked: list[Exam]) -> dict[str, Any]:
     """results.json of whatever samples the run has of these exams: its own problems' at the top, and under `tasks`
-    those of each task."""
-    found: dict[str, Any] = {"policies": {}, "differences": [], "tasks": {}}
+    those of each task. A policy that lacks samples of some problems (cut off, refused, or no longer served) would be
+    scored on easier or harder ones: it is named under `incomplete` instead."""
+    found: dict[str, Any] = {"policies": {}, "differences": [], "tasks": {}, "incomplete": []}
     rows = run.samples()
     for exam in asked:
         if exam.kind == JUDGE:
             scores = judged.results(run, recipe, exam)
         else:
-            problems = {row.id for row in exam.rows}  # an earlier evaluation may have asked more
-            own = [row for row in rows if row["task"] == exam.name and row["problem"] in problems]
-            of = {policy: [row for row in own if row["policy"] == policy] for policy in run.policies}
-            sampled = {policy: drawn for policy, drawn in of.items() if drawn}
-            scores = scoring.summarise(sampled, exam.k, votes=exam.kind != "code")
+            whole, partial = _sampled(rows, run.policies, exam)
+            scores = scoring.summarise(whole, exam.k, votes=exam.kind != "code")
+            found["incomplete"] += partial
         if exam.name == OWN_TEST:
             found |= scores
         elif scores["policies"]:
@@ -108,35 +117,65 @@ def write_results(run: Run, recipe: Recipe, asked: list[Exam]) -> dict[str, Any]
     return found
 
 
-def sample_policy(run: Run, recipe: Recipe, policy: str, asked: list[Exam], progress: Progress) -> None:
+def _sampled(
+    rows: list[dict[str, Any]], policies: list[str], exam: Exam
+) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """The samples of the policies that have enough of every problem of the exam; and what the others lack."""
+    problems = dict.fromkeys(row.id for row in exam.rows)  # an earlier evaluation may have asked more
+    own = [row for row in rows if row["task"] == exam.name and row["problem"] in problems]
+    whole, partial, most = {}, [], max(exam.k)
+    for policy in policies:
+        drawn = [row for row in own if row["policy"] == policy]
+        if lacking := scoring.lacking(drawn, [*problems], most):
+            counts = {"lacking": lacking, "problems": len(problems), "samples": most}
+            partial += [{"task": exam.name, "policy": policy, **counts}] if drawn else []
+        else:
+            whole[policy] = drawn
+    return whole, partial
+
+
+def sample_policy(run: Run, recipe: Recipe, policy: str, asked: list[Exam], progress: Progress) -> list[LeftOutError]:
     """Adds to the run's samples what a policy lacks of the graded completions of these exams; its model is loaded only
-    if anything is missing.
+    if anything is missing. Returns what was said of prompts that the engine does not take.
 
     Each batch is kept as soon as it is graded: an interrupted evaluation goes on where it stopped.
     """
     there = run.samples(policy)
     lacking = [
-        (exam, judged.missing(run, exam, policy) if exam.kind == JUDGE else missing(there, exam)) for exam in asked
+        (exam, judged.missing(run, exam, policy) if exam.kind == JUDGE else missing(there, exam, recipe.seed))
+        for exam in asked
     ]
+    left_out: list[LeftOutError] = []
     if not any(rows for _, rows in lacking):
-        return
+        return left_out
     with _opened(run, recipe, policy) as (sampler, tokenizer):
         for exam, rows in lacking:
-            if exam.kind == JUDGE and rows:
-                judged.sample_answers(run, exam, policy, sampler, tokenizer, recipe.seed, progress)
-            elif rows:
-                with exam.grader(recipe) as grader:
-                    _sample(run, recipe, exam, policy, rows, sampler, tokenizer, grader, progress)
+            try:
+                if exam.kind == JUDGE and rows:
+                    judged.sample_answers(run, exam, policy, sampler, tokenizer, recipe.seed, progress)
+                elif rows:
+                    with exam.grader(recipe) as grader:
+                        _sample(run, recipe, exam, policy, rows, sampler, tokenizer, grader, progress)
+            except LeftOutError as error:
+                progress.say(f"{policy}, {exam.name}: {error.what}")
+                left_out.append(error)
+    return left_out
 
 
-def missing(there: list[dict[str, Any]], exam: Exam) -> list[tuple[Row, int]]:
-    """The samples of an exam that a policy's samples lack: the problem, and which of its samples it is."""
-    have = Counter(sample["problem"] for sample in there if sample["task"] == exam.name)
+def missing(there: list[dict[str, Any]], exam: Exam, seed: int) -> list[tuple[Row, int]]:
+    """The samples of an exam that a policy's samples lack: the problem, and which of its samples it is.
+
+    A sample is known by its seed, since servers answer in any order. Earlier versions, which stored none, drew a
+    problem's samples in order: so many of the first are there.
+    """
+    own = [sample for sample in there if sample["task"] == exam.name]
+    drawn = {(sample["problem"], sample["seed"]) for sample in own if "seed" in sample}
+    first = Counter(sample["problem"] for sample in own if "seed" not in sample)
     wanted: Counter[str] = Counter()
     lacking = []
     for row in exam.rows:
         for number in range(wanted[row.id], wanted[row.id] + exam.samples):
-            if number >= have[row.id]:
+            if number >= first[row.id] and (row.id, seed_of(seed, exam.name, row.id, number)) not in drawn:
                 lacking.append((row, number))
         wanted[row.id] += exam.samples
     return lacking
@@ -144,10 +183,13 @@ def missing(there: list[dict[str, Any]], exam: Exam) -> list[tuple[Row, int]]:
 
 @contextmanager
 def _opened(run: Run, recipe: Recipe, policy: str) -> Iterator[tuple[Sampler, PreTrainedTokenizerBase]]:
-    """What samples the policy, and its tokenizer. Raises RunError where the base is no longer the run's."""
+    """What samples the policy, and its tokenizer. Raises RunError where the base is no longer the run's; the weights of
+    a server (the engine "api") cannot be checked."""
     settings = recipe.eval
     name = run.model_of(policy)
     tokenizer = models.load_tokenizer(name, run.template_of(policy))
+    if policy == "base" and settings.engine == "vllm":  # whose weights cannot be read
+        run.require_same_base(models.fingerprint_of(name))
     served = settings.served.get(policy) if settings.engine == "api" else None  # type: ignore[call-overload]
     with open_sampler(
         settings.engine,
@@ -207,7 +249,8 @@ def _text(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
 
 
 def _kept(exam: Exam, row: Row, completion: Completion, text: str) -> dict[str, Any]:
-    """What is kept of a completion beside its verdict."""
+    """What is kept of a completion beside its verdict. A stop text of the task ends it, wherever the policy ended."""
+    stopped = not completion.finished and exam.task is not None and any(stop in text for stop in exam.task.stops)
     kept = {
         "problem": row.id,
         "question": row.question,
@@ -215,8 +258,8 @@ def _kept(exam: Exam, row: Row, completion: Completion, text: str) -> dict[str, 
         "completion": text,
         "ids": completion.ids,
         "tokens": len(completion.ids),
-        "finish": completion.finish,
-        "finished": completion.finished,
+        "finish": "stop" if stopped else completion.finish,
+        "finished": stopped or completion.finished,
     }
     return kept | ({"retokenised": True} if completion.retokenised else {})
 

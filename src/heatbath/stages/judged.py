@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from heatbath.data import rendering
 from heatbath.data.rows import Row
-from heatbath.engines.sampling import Sampler, seed_of
+from heatbath.engines.sampling import LeftOutError, Sampler, seed_of
 from heatbath.errors import RecipeError
 from heatbath.ideas.intervals import Estimate
 from heatbath.progress import Progress
@@ -68,48 +68,66 @@ def sample_answers(
     progress: Progress,
 ) -> None:
     """Adds the policy's missing answers to the run's samples, batch by batch: first turns, then second ones, which have
-    the first in their history."""
+    the first in their history. Raises LeftOutError, after all others, where the engine does not take a prompt."""
+    left_out: list[LeftOutError] = []
     for turn in TURNS:
-        given = _given(run, exam, policy)
-        asked = [row for row in exam.rows if len(_question(row).turns) >= turn > len(given.get(row.id, {}))]
-        if not asked:
-            continue
-        prompts = [
-            rendering.prompt_ids(tokenizer, _conversation(row, given.get(row.id, {}), turn, exam)) for row in asked
-        ]
-        seeds = [seed_of(seed, exam.name, row.id, turn) for row in asked]
-        done = 0
-        with progress.bar(f"eval {policy} {exam.name}, turn {turn}", len(asked)):
-            for batch in sampler.sample(prompts, exam.sampling, seeds):
-                rows = []
-                for completion in batch:
-                    row, text = asked[completion.prompt], completion.text
-                    if text is None:
-                        text = str(tokenizer.decode(completion.ids, skip_special_tokens=True))
-                    rows.append(
-                        {
-                            "task": exam.name,
-                            "policy": policy,
-                            "seed": seeds[completion.prompt],
-                            "problem": row.id,
-                            "question": _question(row).turns[turn - 1],
-                            "turn": turn,
-                            "category": row.kind,
-                            "gold": None,
-                            "completion": text,
-                            "ids": completion.ids,
-                            "tokens": len(completion.ids),
-                            "finish": completion.finish,
-                            "finished": completion.finished,
-                            "score": None,
-                            "status": ANSWERED,
-                            "answer": None,
-                            "rule": "",
-                        }
-                    )
-                run.add_samples(rows)
-                done += len(batch)
-                progress.update(done)
+        try:
+            _sample_turn(run, exam, policy, turn, sampler, tokenizer, seed, progress)
+        except LeftOutError as error:
+            left_out.append(error)
+    if left_out:
+        raise left_out[0]
+
+
+def _sample_turn(
+    run: Run,
+    exam: Exam,
+    policy: str,
+    turn: int,
+    sampler: Sampler,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """The answers of one turn, of the questions whose earlier turns are answered."""
+    given = _given(run, exam, policy)
+    asked = [row for row in exam.rows if len(given.get(row.id, {})) == turn - 1 < len(_question(row).turns)]
+    if not asked:
+        return
+    prompts = [rendering.prompt_ids(tokenizer, _conversation(row, given.get(row.id, {}), turn, exam)) for row in asked]
+    seeds = [seed_of(seed, exam.name, row.id, turn) for row in asked]
+    done = 0
+    with progress.bar(f"eval {policy} {exam.name}, turn {turn}", len(asked)):
+        for batch in sampler.sample(prompts, exam.sampling, seeds):
+            rows = []
+            for completion in batch:
+                row, text = asked[completion.prompt], completion.text
+                if text is None:
+                    text = str(tokenizer.decode(completion.ids, skip_special_tokens=True))
+                rows.append(
+                    {
+                        "task": exam.name,
+                        "policy": policy,
+                        "seed": seeds[completion.prompt],
+                        "problem": row.id,
+                        "question": _question(row).turns[turn - 1],
+                        "turn": turn,
+                        "category": row.kind,
+                        "gold": None,
+                        "completion": text,
+                        "ids": completion.ids,
+                        "tokens": len(completion.ids),
+                        "finish": completion.finish,
+                        "finished": completion.finished,
+                        "score": None,
+                        "status": ANSWERED,
+                        "answer": None,
+                        "rule": "",
+                    }
+                )
+            run.add_samples(rows)
+            done += len(batch)
+            progress.update(done)
 
 
 def judge_answers(run: Run, recipe: Recipe, exam: Exam, policy: str, progress: Progress) -> MtBench:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,9 +110,32 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
         if any(exam.kind == "code" for exam in examined):
             require_sandbox(recipe.reward.isolation)
     _check_settings(recipe, stages)
+    config = None
     if recipe.model is not None and recipe.model != models.TINY:
-        checks.require_vocabulary(tokenizer, models.load_config(recipe.model))
-    return splits, tokenizer
+        config = models.load_config(recipe.model)
+        checks.require_vocabulary(tokenizer, config)
+    notes = _beyond_context(recipe, stages, splits, tokenizer, config)
+    return replace(splits, notes=(*splits.notes, *notes)), tokenizer
+
+
+def _beyond_context(
+    recipe: Recipe, stages: tuple[str, ...], splits: Splits, tokenizer: PreTrainedTokenizerBase, config: Any
+) -> list[str]:
+    """What the model's context cuts off; of many prompts the one of most characters stands for the longest."""
+    from heatbath.data import checks, rendering
+    from heatbath.stages.exams import exams
+
+    notes = []
+    if "rl" in stages and recipe.rl is not None:
+        longest = max(splits.prompts, key=lambda row: len(row.asked))
+        asked = rendering.prompt_ids(tokenizer, rendering.messages(longest, recipe.data.system))
+        notes += checks.beyond_context(config, "rl", len(asked), recipe.rl.max_new_tokens)
+    if "eval" in stages and recipe.eval.engine != "api":  # a server has a context of its own
+        for exam in (exam for exam in exams(recipe, splits) if exam.rows):
+            asked = exam.prompt_ids(tokenizer, max(exam.rows, key=lambda row: len(row.asked)))
+            found = checks.beyond_context(config, "eval", len(asked), exam.sampling.max_new_tokens)
+            notes += [f"{exam.name}: {note}" for note in found]
+    return notes
 
 
 def _check_settings(recipe: Recipe, stages: tuple[str, ...]) -> None:

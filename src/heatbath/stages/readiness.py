@@ -24,7 +24,7 @@ from heatbath.data import rendering
 from heatbath.data.rendering import IGNORE
 from heatbath.data.rows import Row
 from heatbath.engines.local import LocalSampler
-from heatbath.engines.sampling import Sampling
+from heatbath.engines.sampling import Sampling, seed_of
 from heatbath.heads import logit_transform, output_head
 from heatbath.ideas.engine import linear_stats
 from heatbath.ideas.intervals import Estimate, difference, mean_with_interval
@@ -132,9 +132,10 @@ def _sample(
     owner = [i for i in range(len(rows)) for _ in range(settings.group_size)]
     sampler = LocalSampler(model, tokenizer, batch=recipe.eval.batch)
     sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens)
+    seeds = [seed_of(recipe.seed, "readiness", number) for number in range(len(owner))]  # not those of other seeds
     out: list[_Sampled] = []
     with progress.bar("readiness", len(owner)):
-        for batch in sampler.sample([asked[i] for i in owner], sampling, recipe.seed):
+        for batch in sampler.sample([asked[i] for i in owner], sampling, seeds):
             texts = tokenizer.batch_decode([c.ids for c in batch], skip_special_tokens=True)
             golds = [as_gold(recipe.reward.kind, str(rows[owner[c.prompt]].answer)) for c in batch]
             verdicts = grader.grade(texts, golds)

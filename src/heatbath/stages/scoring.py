@@ -19,6 +19,7 @@ from heatbath.ideas.intervals import (
     paired_test,
 )
 from heatbath.ideas.passk import majority_at_k, pass_at_k
+from heatbath.run import OWN_TEST
 from heatbath.verify.verdict import JUDGED
 
 Samples = Sequence[dict[str, Any]]
@@ -33,6 +34,21 @@ def summarise(samples: Mapping[str, Samples], ks: Sequence[int], *, votes: bool 
     """
     policies = {policy: _scores(rows, ks, votes) for policy, rows in samples.items()}
     return {"policies": policies, "differences": differences(samples, ks)}
+
+
+def lacking(rows: Samples, problems: Sequence[str], k: int) -> int:
+    """Of how many of the problems there are fewer than the k samples that pass@k takes."""
+    n = Counter(r["problem"] for r in rows)
+    return sum(n[problem] < k for problem in dict.fromkeys(problems))
+
+
+def unscored(one: Mapping[str, Any]) -> str:
+    """An entry of `incomplete` in results.json, in words."""
+    where = "" if one["task"] == OWN_TEST else f" in {one['task']}"
+    return (
+        f"{one['policy']}{where} is not scored: {one['lacking']:,} of {one['problems']:,} problems have fewer than the "
+        f"{one['samples']} samples that pass@{one['samples']} takes"
+    )
 
 
 def _scores(rows: Samples, ks: Sequence[int], votes: bool) -> dict[str, Any]:

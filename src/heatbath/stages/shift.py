@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,7 +231,7 @@ def measured_pair(
     `width`.
 
     Metrics are those of `ideas.shift.token_shift` and, for each layer, of `sequence_geometry`. One batch is of B·T ≤
-    `tokens`. Raises RunError for models that cannot be compared.
+    `tokens`. Raises RunError for models that cannot be compared, or whose numbers are not finite.
     """
     V = require_comparable(a, b, vocab_size)
     topk = [k for k in settings.topk if k <= V]
@@ -249,6 +250,7 @@ def measured_pair(
             whole = sequence_geometry(getattr(views[0], layer), getattr(views[1], layer), counts)
             values |= {f"{name}_{layer}": x.tolist() for name, x in whole.items()}
             largest[layer].append(columns[f"l2_{layer}"].cpu())
+        _require_finite(values, [sequences.problems[i] for i in picked], settings)
         for k, i in enumerate(picked):  # eight digits, which float32 does not have; shift.json is half as long
             found[i] = {name: float(f"{x[k]:.8g}") for name, x in values.items()}
         done += len(picked)
@@ -259,6 +261,17 @@ def measured_pair(
         "vocab_size": V,
         "width": a.head.shape[1],
     }
+
+
+def _require_finite(values: dict[str, list[float]], problems: list[str], settings: Settings) -> None:
+    """Raises RunError where a metric of a sequence is not finite, which JSON does not hold and no mean survives."""
+    for name, column in values.items():
+        for problem, x in zip(problems, column, strict=True):
+            if not math.isfinite(x):
+                remedy = "the weights of one of the two are broken"
+                if settings.dtype != "float32":
+                    remedy = f"{settings.dtype} may overflow: dtype=float32"
+                raise RunError(f"'{name}' is {x} of a sequence", f"problem {problem}", remedy)
 
 
 def require_comparable(a: LastStates, b: LastStates, vocab_size: int | None = None) -> int:
@@ -328,8 +341,13 @@ class Shelf:
     def _get(self, name: str) -> LastStates:
         if name not in self.held:
             policy = self.policies[name]
+            if self.dtype == torch.float16 and name not in self.fingerprints:
+                # Fingerprints are of bfloat16, which float16 does not hold; casting the module would cast its tables.
+                self.fingerprints[name] = models.fingerprint(load_model(policy.model, torch.float32))
+                gc.collect()
             model = load_model(policy.model, self.dtype)
-            self.fingerprints[name] = models.fingerprint(model)
+            if name not in self.fingerprints:
+                self.fingerprints[name] = models.fingerprint(model)
             if policy.check is not None:
                 policy.check(self.fingerprints[name])
             self.held[name] = LastStates(model)

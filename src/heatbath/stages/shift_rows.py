@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Sequences:
     """Token sequences with the tokens to be compared as labels, each with the id of its problem; how many were cut at
-    `max_length`, and how many samples of an earlier version had to be tokenised anew from their text."""
+    `max_length`, how many samples of an earlier version had to be tokenised anew from their text, and how many
+    sequences were left out because no token of theirs could be compared."""
 
     rows: list[Rendered]
     problems: list[str]
     source: str
     max_length: int
     retokenised: int = 0
+    left_out: int = 0
 
     @property
     def tokens(self) -> list[int]:
@@ -50,6 +52,7 @@ class Sequences:
             "tokens": sum(self.tokens),
             "truncated": sum(row.truncated for row in self.rows),
             "retokenised": self.retokenised,
+            "left_out": self.left_out,
             "max_length": self.max_length,
             "fingerprint": digest.hexdigest()[:16],
         }
@@ -106,13 +109,14 @@ def _answered(
 def _chosen(
     made: Sequence[Rendered], problems: Sequence[str], settings: Settings, source: str, longest: int, anew: int = 0
 ) -> Sequences:
-    """With the compared tokens as labels. A sequence without any (its prompt fills `max_length`) is left out; raises
-    DataError where none is left."""
+    """With the compared tokens as labels. A sequence without any (its prompt fills `max_length`) is left out and
+    counted; raises DataError where none is left."""
     labelled = [Rendered(row.input_ids, _compared(row, settings.tokens), row.truncated) for row in made]
     kept = [i for i, row in enumerate(labelled) if any(label != IGNORE for label in row.labels[1:])]
     if not kept:
         raise DataError("no sequence has a token to compare", source, f"raise max_length = {longest}")
-    return Sequences([labelled[i] for i in kept], [problems[i] for i in kept], source, longest, anew)
+    rows, ids = [labelled[i] for i in kept], [problems[i] for i in kept]
+    return Sequences(rows, ids, source, longest, anew, len(made) - len(kept))
 
 
 def _compared(row: Rendered, tokens: str) -> list[int]:

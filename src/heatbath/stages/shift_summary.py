@@ -142,6 +142,8 @@ def described(run: dict[str, Any]) -> str:
     text += f"mean over {options['mean']}s; T = {options['temperature']:g}; "
     text += f"{run['vocab_size']:,} tokens in the vocabulary; {options['dtype']}"
     text += f"; {data['truncated']:,} cut at {data['max_length']:,} tokens" if data["truncated"] else ""
+    if data.get("left_out"):
+        text += f"; {data['left_out']:,} left out, whose prompt fills {data['max_length']:,} tokens"
     text += f"; {data['retokenised']:,} samples tokenised again" if data["retokenised"] else ""
     return text
 
