@@ -256,7 +256,7 @@ class Run:
         rows = read_jsonl(self.folder / name)
         kept = [row for row in rows if wanted(row)]
         if len(kept) < len(rows):
-            write_atomically(self.folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+            write_atomically(self.folder / name, samples.lines(kept))
 
     def write_json(self, name: str, value: Any) -> None:
         write_atomically(self.folder / name, json.dumps(value, indent=1) + "\n")
@@ -325,7 +325,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Appends rows in one write; a last line that a kill had cut off goes first."""
-    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    data = samples.lines(rows).encode()
     with path.open("ab+") as stream:
         size = stream.seek(0, os.SEEK_END)
         if size:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from heatbath import samples
 from heatbath.data import rendering
 from heatbath.data.rows import Row
 from heatbath.engines.sampling import Sampler, seed_of
@@ -146,7 +147,7 @@ def judge_answers(run: Run, recipe: Recipe, exam: Exam, policy: str, progress: P
     ]
     path = run.folder / f"{JUDGMENTS}.jsonl"
     kept = [row for row in read_jsonl(path) if (row["task"], row["policy"]) != (exam.name, policy)]
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *rows]))
+    write_atomically(path, samples.lines([*kept, *rows]))
     return found
 
 
