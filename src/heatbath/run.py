@@ -165,15 +165,12 @@ class Run:
             return
         (self.folder / "shift.json").unlink(missing_ok=True)
         policy = self.checkpoint(CHECKPOINTS[stage])
+        # Before the policy: samples that a kill left without it would be taken for those of the one trained next.
+        self._forget_samples(policy.name)
         doomed = policy.with_name(f".{policy.name}.removed")
         shutil.rmtree(doomed, ignore_errors=True)
-        if policy.exists():  # away in one step, and first: a kill leaves neither half a policy nor one without its log
+        if policy.exists():  # away in one step: a kill leaves neither half a policy nor one without its log
             policy.rename(doomed)
-        if others := [row for row in self.samples() if row["policy"] != policy.name]:
-            self.replace_samples(others)
-        else:
-            for name in SAMPLES:
-                (self.folder / name).unlink(missing_ok=True)
         self._keep_rows("metrics.jsonl", lambda row: row["stage"] != stage)
         if stage == "sft":
             (self.folder / "surprise.json").unlink(missing_ok=True)
@@ -181,6 +178,15 @@ class Run:
             (self.folder / "readiness.json").unlink(missing_ok=True)
         shutil.rmtree(self.working(stage), ignore_errors=True)
         shutil.rmtree(doomed, ignore_errors=True)
+
+    def _forget_samples(self, policy: str) -> None:
+        """Removes the samples of a policy, and the ratings of its answers."""
+        if others := [row for row in self.samples() if row["policy"] != policy]:
+            self.replace_samples(others)
+        else:
+            for name in SAMPLES:
+                (self.folder / name).unlink(missing_ok=True)
+        self._keep_rows("judgments.jsonl", lambda row: row["policy"] != policy)
 
     def forget_everything(self) -> None:
         """Removes everything that the run has written, and nothing else that lies in its folder."""
