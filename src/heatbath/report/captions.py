@@ -77,8 +77,8 @@ def verdict(results: Mapping[str, Any]) -> str:
     asked = next(iter(found["policies"].values()))["problems"]
     where = f" of {task}" if task else ""
     whole_first = sorted(differences, key=lambda d: d is not differences[-1])
-    decided = [_decided(d) for d in whole_first if d["low"] > 0 or d["high"] < 0]
-    open_ = [_change(d) for d in whole_first if d["low"] <= 0 <= d["high"]]
+    decided = [_decided(d) for d in whole_first if tables.decided(d)]
+    open_ = [_change(d) for d in whole_first if not tables.decided(d)]
     told = [f"pass@{k} on the same {asked:,} problems{where}: {'; '.join(decided)}."] if decided else []
     if open_:
         told.append(f"Not decided{'' if decided else f' by these {asked:,} problems{where}, pass@{k}'}: ")
@@ -87,7 +87,8 @@ def verdict(results: Mapping[str, Any]) -> str:
 
 
 def _change(d: Mapping[str, Any]) -> str:
-    return f"{d['from']} → {d['to']} {tables.interval(d, signed=True, digits=2)}"
+    p = f" (p = {tables.p_value(d['p'])})" if tables.doubtful(d) else ""
+    return f"{d['from']} → {d['to']} {tables.interval(d, signed=True, digits=2)}{p}"
 
 
 def _decided(d: Mapping[str, Any]) -> str:
