@@ -195,7 +195,9 @@ def test_the_keyboard_reaches_and_works_everything(one: Path, opened) -> None:
     summary = page.locator(".problems summary").nth(1)
     summary.focus()
     page.keyboard.press("Enter")
-    assert page.locator(".problems details").nth(1).locator("pre").count() == 24
+    opening = page.locator(".problems details").nth(1).locator("pre")
+    opening.first.wait_for()  # a browser tells that it has opened a moment later
+    assert opening.count() == 24
     page.keyboard.press("Enter")
     assert page.locator(".problems details[open]").count() == 0
     sort = page.get_by_role("button", name="mean [95 % interval]").first
