@@ -16,6 +16,7 @@ from heatbath.errors import RecipeError, RunError
 from heatbath.ideas.intervals import holm
 from heatbath.progress import Progress
 from heatbath.recipe import Recipe, parse
+from heatbath.report.scores import scored
 from heatbath.run import Run
 from heatbath.stages import scoring
 from heatbath.stages.evaluate import rescore, run_evaluation
@@ -113,6 +114,9 @@ def test_fewer_problems_later_are_scored_alone(small_base: Path, task: Path, tmp
     found = run_evaluation(Run(run.folder, fewer), fewer, Progress(quiet=True))
     assert found["tasks"]["capitals"]["policies"]["base"]["problems"] == 1
     assert len(run.samples(task="capitals")) == 6
+    (first,) = found["tasks"]["capitals"]["asked"].split()
+    left = [row for row in scored(run.samples(), found) if row["task"] == "capitals"]
+    assert [row["problem"] for row in left] == [first, first]
 
 
 def test_samples_of_other_conditions_are_not_mixed(small_base: Path, task: Path, tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def write_results(run: Run, recipe: Recipe, asked: list[Exam]) -> dict[str, Any]
             of = {policy: [row for row in own if row["policy"] == policy] for policy in run.policies}
             sampled = {policy: drawn for policy, drawn in of.items() if drawn}
             scores = scoring.summarise(sampled, exam.k, votes=exam.kind != "code")
+        scores["asked"] = " ".join(dict.fromkeys(row.id for row in exam.rows))  # the report leaves out what is not
         if exam.name == OWN_TEST:
             found |= scores
         elif scores["policies"]:
