@@ -57,6 +57,23 @@ def test_a_checkpoint_takes_its_name_only_when_complete(tmp_path: Path) -> None:
         pass
 
 
+def test_a_forgotten_policy_leaves_no_samples_behind_where_a_kill_comes_between(tmp_path: Path, monkeypatch) -> None:
+    run = Run.create(tmp_path / "r", RECIPE)
+    with run.new_checkpoint("init"):
+        pass
+    rows = [{"task": "mt_bench", "policy": policy, "problem": "a"} for policy in ("base", "init")]
+    run.add_samples(rows)
+    append_jsonl(run.folder / "judgments.jsonl", rows)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.forget("sft")
+    assert run.samples() == read_jsonl(run.folder / "judgments.jsonl") == rows[:1]
+
+
 def test_the_command_can_be_pasted_back(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("sys.argv", ["heatbath", "run", "demo", "eval.k=[1, 2]"])
     run = Run.create(tmp_path / "r", RECIPE)

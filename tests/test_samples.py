@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from heatbath import samples
+from heatbath.run import append_jsonl, read_jsonl
 
 BATCHES = [[{"n": i, "text": "é\u2028" * i} for i in range(size)] for size in (3, 1, 400)]
 
@@ -24,6 +25,15 @@ def test_what_was_added_is_read_back_by_us_and_by_gzip(tmp_path: Path) -> None:
     with gzip.open(path) as stream:
         assert [json.loads(line) for line in stream] == joined(BATCHES)
     assert path.stat().st_size < len("".join(map(json.dumps, joined(BATCHES)))) / 5
+
+
+def test_half_a_character_is_kept_and_read_back(tmp_path: Path) -> None:
+    """A server can send half a surrogate pair, escaped, and no encoding writes it."""
+    path, rows = tmp_path / "s.jsonl.gz", [{"text": "x\ud83d"}, {"text": "é \U0001f600 \\ud83d"}]
+    samples.add(path, rows)
+    assert samples.read(path) == rows
+    append_jsonl(tmp_path / "rows.jsonl", rows)
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows
 
 
 @pytest.mark.parametrize("known", [True, False])

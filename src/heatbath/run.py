@@ -165,15 +165,12 @@ class Run:
             return
         (self.folder / "shift.json").unlink(missing_ok=True)
         policy = self.checkpoint(CHECKPOINTS[stage])
+        # Before the policy: samples that a kill left without it would be taken for those of the one trained next.
+        self._forget_samples(policy.name)
         doomed = policy.with_name(f".{policy.name}.removed")
         shutil.rmtree(doomed, ignore_errors=True)
-        if policy.exists():  # away in one step, and first: a kill leaves neither half a policy nor one without its log
+        if policy.exists():  # away in one step: a kill leaves neither half a policy nor one without its log
             policy.rename(doomed)
-        if others := [row for row in self.samples() if row["policy"] != policy.name]:
-            self.replace_samples(others)
-        else:
-            for name in SAMPLES:
-                (self.folder / name).unlink(missing_ok=True)
         self._keep_rows("metrics.jsonl", lambda row: row["stage"] != stage)
         if stage == "sft":
             (self.folder / "surprise.json").unlink(missing_ok=True)
@@ -181,6 +178,15 @@ class Run:
             (self.folder / "readiness.json").unlink(missing_ok=True)
         shutil.rmtree(self.working(stage), ignore_errors=True)
         shutil.rmtree(doomed, ignore_errors=True)
+
+    def _forget_samples(self, policy: str) -> None:
+        """Removes the samples of a policy, and the ratings of its answers."""
+        if others := [row for row in self.samples() if row["policy"] != policy]:
+            self.replace_samples(others)
+        else:
+            for name in SAMPLES:
+                (self.folder / name).unlink(missing_ok=True)
+        self._keep_rows("judgments.jsonl", lambda row: row["policy"] != policy)
 
     def forget_everything(self) -> None:
         """Removes everything that the run has written, and nothing else that lies in its folder."""
@@ -260,7 +266,7 @@ class Run:
         rows = read_jsonl(self.folder / name)
         kept = [row for row in rows if wanted(row)]
         if len(kept) < len(rows):
-            write_atomically(self.folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+            write_atomically(self.folder / name, samples.lines(kept))
 
     def write_json(self, name: str, value: Any) -> None:
         write_atomically(self.folder / name, json.dumps(value, indent=1) + "\n")
@@ -329,7 +335,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Appends rows in one write; a last line that a kill had cut off goes first."""
-    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    data = samples.lines(rows).encode()
     with path.open("ab+") as stream:
         size = stream.seek(0, os.SEEK_END)
         if size:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ def add(path: Path, rows: list[dict[str, Any]]) -> None:
     _written[key] = _state(path)
 
 
+def lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The rows as JSON lines. Half a surrogate pair, which a server may send escaped and no encoding can write, stays
+    escaped."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def replace(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes these rows instead of those there are, all or nothing."""
     unfinished = path.with_name(f".{path.name}.unfinished")
@@ -52,8 +60,7 @@ def _state(path: Path) -> tuple[int, int]:
 
 
 def _packed(rows: list[dict[str, Any]]) -> bytes:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return gzip.compress(text.encode(), mtime=0)
+    return gzip.compress(lines(rows).encode(), mtime=0)
 
 
 def _members(path: Path) -> Iterator[tuple[bytes, int]]:

@@ -323,6 +323,18 @@ def test_rows_are_filtered_by_value_and_by_one_of_several(tmp_path: Path) -> Non
         assert [row.answer for row in own(tmp_path, where, rows).rows()] == list(map(str, wanted))
     with pytest.raises(DataError, match="no 'prat' in the row"):
         own(tmp_path, 'where = { prat = "x" }', rows).rows()
+    with pytest.raises(DataError, match="keeps none of its 12 rows \\(where part = 'X', kept = False\\)"):
+        own(tmp_path, 'where = { part = "X", kept = false }', rows).rows()
+
+
+def test_numbers_are_found_in_a_csv_of_texts(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("q,a,level\n1 + 1?,2,5\n1 + 2?,3,4\n")
+    text = 'name = "own"\nkind = "math"\nfile = "rows.csv"\nfields = { question = "q", answer = "a" }\n'
+    (row,) = find(defined(tmp_path, text + "where = { level = 5 }\n")).rows()
+    assert row.answer == "2"
+    with pytest.raises(DataError, match="keeps none of its 2 rows") as caught:
+        find(defined(tmp_path, text + "where = { level = 6 }\n")).rows()
+    assert caught.value.where.endswith("rows.csv")
 
 
 def test_several_parts_of_an_answer_are_one_answer(tmp_path: Path) -> None:
@@ -444,6 +456,9 @@ def test_training_rows_that_stand_in_a_task_are_removed(shared_data: Path, tmp_p
     assert left("gsm8k", "arithmetic", str(path), **folder) == [turn, wrapped]
     with pytest.raises(DataError, match="gsm8k"):
         left("gsm8k", data_dir=str(tmp_path))
+    path.write_text(path.read_text().replace('"q"', '"query"'))
+    with pytest.raises(DataError, match=r"no 'query' in the row \(it has q, a\)"):
+        left(str(path))
 
 
 def test_golds_survive_the_way_through_a_table_of_texts(shared_data: Path) -> None:

@@ -214,6 +214,11 @@ def test_why_a_completion_ended(serving, choice: dict, finish: str, ids: list[in
     assert all_of(server)[4] == Completion(4, ids, finish, choice.get("text"))
 
 
+def test_half_a_character_is_read_as_a_sign_that_a_tokenizer_takes(serving) -> None:
+    server = serving(lambda request, number: answer(text="a\ud83d", finish="length"))  # goes out escaped
+    assert {completion.text for completion in all_of(server)} == {"a\ufffd"}
+
+
 # --- trouble --------------------------------------------------------------------------------------------------------
 
 

@@ -9,10 +9,13 @@ import pytest
 from scipy import stats
 
 from heatbath import cli
+from heatbath import recipe as recipes
 from heatbath.errors import RecipeError
 from heatbath.report import comparison
+from heatbath.report.page import write_report
 from heatbath.report.runs_page import write_comparison
 from heatbath.run import Run
+from heatbath.stages import scoring
 from written_runs import RECIPE, logged, sample, shifted, written
 
 
@@ -21,9 +24,6 @@ def ended(
 ) -> Run:
     """A run whose samples, four of each problem, are right at random."""
     draw = np.random.default_rng(seed)
-    from heatbath import recipe as recipes
-    from heatbath.stages import scoring
-
     run = Run.create(folder, recipes.parse(RECIPE | changes))
     for policy, rate in rates.items():
         run.add_samples(
@@ -164,12 +164,116 @@ def test_what_forbids_a_comparison_is_said(three: list[Run], tmp_path: Path) -> 
 
 def test_the_base_is_complained_about_once_where_it_is_the_same(tmp_path: Path) -> None:
     runs = [ended(tmp_path / n, {"base": 0.1, "final": 1.0}, seed=5, problems=9) for n in ("a", "b")]
-    read = comparison.read([run.folder for run in runs])
-    said = [line for line in comparison.caveats(read, "test") if "cut at" in line]
-    assert len(said) == 1 and "completions of a base were cut at 8,192 tokens" in said[0]
+    for run in runs:
+        results = run.read_json("results.json")
+        results["policies"]["base"]["grader_failures"] = 3
+        run.write_json("results.json", results)
+
+    def complaints() -> list[str]:
+        said = comparison.caveats(comparison.read([run.folder for run in runs]), "test")
+        return [line for line in said if "could not be graded" in line]
+
+    assert len(complaints()) == 1 and "3 completions of a base could not be graded" in complaints()[0]
     for run in runs:
         run.write_json("base.json", {"fingerprint": run.folder.name})
-    assert len([line for line in comparison.caveats(read, "test") if "cut at" in line]) == 2
+    assert len(complaints()) == 2
+
+
+def test_what_is_not_known_of_the_base_is_not_taken_for_the_same(tmp_path: Path) -> None:
+    def same(**of: dict[str, Any]) -> bool | None:
+        folders = []
+        for name, changes in of.items():
+            fingerprint = changes.pop("fingerprint", None)
+            run = written(tmp_path / str(len(list(tmp_path.iterdir()))) / name, {"base": 1}, problems=2, **changes)
+            folders.append(run.folder)
+            if fingerprint:
+                run.write_json("base.json", {"fingerprint": fingerprint})
+        read = comparison.read(folders)
+        said = " ".join(comparison.caveats(read, "test"))
+        known = comparison.same_base(read)
+        assert ("do not start from the same base" in said) == (known is False)
+        assert ("same base is not known" in said) == (known is None)
+        return known
+
+    pretrained: dict[str, Any] = {"model": None, "pretrain": {}}
+    assert same(a={}, b={}) is True
+    assert same(a={"model": "m"}, b={"model": "other"}) is False
+    assert same(a={"model": "m", "fingerprint": "x"}, b={"model": "other"}) is False
+    assert same(a={"model": "m", "fingerprint": "x"}, b={"model": "m2", "fingerprint": "x"}) is True
+    assert same(a={"fingerprint": "x"}, b={"fingerprint": "y"}, c={}) is False
+    assert same(a={**pretrained}, b={**pretrained}) is None
+
+
+def test_one_seed_each_is_said_unless_a_seed_is_all_that_differs(tmp_path: Path) -> None:
+    other = {"sft": {"objective": "sft"}}
+    runs = [
+        written(tmp_path / name, {"base": 1}, problems=2, **changes)
+        for name, changes in {"a": {"seed": 1}, "b": {"seed": 2, **other}, "c": {"seed": 3, **other}}.items()
+    ]
+    read = comparison.read([run.folder for run in runs])
+    warned = [any("One training seed each" in line for line in comparison.caveats(r, "test")) for r in (read[:2], read)]
+    assert warned == [True, False]
+
+
+def test_without_a_pair_there_is_no_winner(tmp_path: Path) -> None:
+    one = ended(tmp_path / "one", {"base": 0.1, "final": 1.0}, seed=1, problems=1)
+    two = ended(tmp_path / "two", {"base": 0.1, "final": 0.5}, seed=2, problems=9, first=5)
+    told = json.loads(write_comparison([one.folder, two.folder])["json"].read_text())
+    assert told["verdict"] == "Not compared: no problem in common." and told["differences"] == []
+    assert "| difference" not in (tmp_path / "report-2-runs.md").read_text()
+    again = ended(tmp_path / "again", {"base": 0.1, "final": 1.0}, seed=3, problems=1)
+    paths = write_comparison([two.folder, one.folder, again.folder])
+    said = json.loads(paths["json"].read_text())["verdict"]
+    assert said == (
+        "one ends highest: pass@1 1.00 (one problem, no interval). Against again these data decide nothing. "
+        "Not compared: two (no problem in common)."
+    )
+    assert "1.00–1.00" not in paths["html"].read_text()
+    results = again.read_json("results.json")
+    for found in results["policies"].values():
+        found["pass"] = {"4": found["pass"]["4"]}
+    again.write_json("results.json", results | {"policies": results["policies"]})
+    other = ended(tmp_path / "other", {"final": 0.5}, seed=4, problems=1)
+    for found in (results := other.read_json("results.json"))["policies"].values():
+        found["pass"] = {"1": found["pass"]["1"]}
+    other.write_json("results.json", results)
+    read = comparison.read([again.folder, other.folder])
+    assert comparison.verdict(read, comparison.differences(read, "test"), "test") == (
+        "Not compared: no pass@k in common."
+    )
+
+
+def test_problems_that_the_last_evaluation_did_not_ask_are_left_out(tmp_path: Path) -> None:
+    runs = [written(tmp_path / name, {"base": 1, "final": 4}, problems=24) for name in ("a", "b")]
+    kept = [f"p{q:03}" for q in range(0, 24, 2)]
+    for run in runs:
+        asked = {p: [row for row in run.samples(p) if row["problem"] in kept] for p in ("base", "final")}
+        found = scoring.summarise(asked, (1, 8))
+        run.write_json("results.json", {**found, "tasks": {}, "asked": " ".join(kept)})
+    read = comparison.read([run.folder for run in runs])
+    assert [len(each.samples) for each in read] == [2 * 12 * 8] * 2 and read[0].counted["test"]["final"][0] == kept
+    told = json.loads(write_comparison([run.folder for run in runs])["json"].read_text())
+    assert {d["problems"] for d in told["differences"]} == {12}
+    page = write_report(runs[0])["html"].read_text()
+    assert "All 192 samples are in this page." in page
+    assert "192 samples are left out: the last evaluation did not ask their problems." in page
+
+
+def test_runs_that_share_only_a_judged_task_are_told_by_their_ratings(tmp_path: Path) -> None:
+    runs = []
+    for name, rating in (("a", 4.0), ("b", None)):
+        run = Run.create(tmp_path / name, recipes.parse(RECIPE))
+        mean = None if rating is None else {"mean": rating, "low": 3.5, "high": 4.5}
+        entry = {"rating": mean, "problems": 8, "categories": {}}
+        part = {"kind": "judge", "version": 1, "policies": {"base": entry, "final": entry}, "differences": []}
+        run.write_json("results.json", {"policies": {}, "differences": [], "tasks": {"mt_bench": part}})
+        runs.append(run)
+    paths = write_comparison([run.folder for run in runs])
+    told, page = json.loads(paths["json"].read_text()), paths["html"].read_text()
+    assert told["verdict"].startswith("The runs have only judged tasks in common: mt_bench.")
+    assert [run["ends_with"] for run in told["runs"]] == ["final", "final"]
+    assert "final rating of 10 in mt_bench 3.50–4.50" in page and "no rating in mt_bench" in page
+    assert "no samples" not in page
 
 
 def test_ones_own_problems_come_before_the_tasks(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from heatbath import recipe as recipes
+from heatbath.report import costs
 from heatbath.report.page import write_report
 from heatbath.report.tables import difference_rows, markdown, markdown_results, minus, numeric, results_rows
 from heatbath.run import Run
+from heatbath.stages.judged import digest
 from written_runs import PROFILE, RECIPE, logged, sample, shifted, written
 
 
@@ -48,6 +50,7 @@ def test_differences_are_read_by_their_interval() -> None:
                 {"from": "a", "to": "b", "k": 1, "mean": 0.1, "low": None, "high": None},
                 {"from": "a", "to": "b", "k": 1, "mean": 0.1, "low": 0.01, "high": 0.19, "p": 0.03, "p_holm": 0.06},
                 {"from": "a", "to": "b", "k": 1, "mean": -0.1, "low": -0.19, "high": -0.01, "p": 0.03, "p_holm": 0.04},
+                {"from": "a", "to": "b", "k": 1, "mean": 0.25, "low": 0.04, "high": 0.46, "p": 0.0625, "p_holm": 0.12},
             ]
         }
     )
@@ -58,8 +61,9 @@ def test_differences_are_read_by_their_interval() -> None:
         "one problem decides nothing",
         "b is better, not after Holm",
         "b is worse",
+        "not decided (p = 0.062)",
     ]
-    assert [row[-3:-1] for row in rows[-2:]] == [["0.030", "0.060"], ["0.030", "0.040"]]
+    assert [row[-3:-1] for row in rows[-3:-1]] == [["0.030", "0.060"], ["0.030", "0.040"]]
 
 
 def test_pass_comes_before_maj_and_2_before_10() -> None:
@@ -73,7 +77,30 @@ def test_pass_comes_before_maj_and_2_before_10() -> None:
 def test_a_run_with_nothing_but_its_recipe_has_a_page_too(tmp_path: Path) -> None:
     recipe = recipes.parse({"model": "m", "data": {"source": "arithmetic"}})
     page = write_report(Run.create(tmp_path / "run", recipe))["html"].read_text()
-    assert "no warm start" in page and "<svg" not in page and 'id="samples"' not in page
+    assert "evaluation of the base" in page and "<svg" not in page and 'id="samples"' not in page
+
+
+def test_what_has_not_ended_is_said(tmp_path: Path) -> None:
+    """RL killed at step 30, and after an evaluation a policy that it did not sample."""
+    run = written(tmp_path / "run", {"base": 1, "init": 4}, rl={"max_steps": 200})
+    assert "Unfinished: rl did not run yet." in write_report(run)["html"].read_text()
+    run.log("rl", 30, {"reward": 0.5})
+    page = write_report(run)["html"].read_text()
+    assert "Unfinished: rl has come to step 30 of 200." in page and "Without a score" not in page
+    run.checkpoint("final").mkdir(parents=True)
+    page = write_report(run)["html"].read_text()
+    assert "Unfinished" not in page and "Without a score: final, of which the evaluation has no samples" in page
+
+
+def test_pretraining_has_its_curve(tmp_path: Path) -> None:
+    recipe = recipes.parse({"data": {"source": "arithmetic"}, "pretrain": {}})
+    run = Run.create(tmp_path / "run", recipe)
+    for step in (10, 20):
+        run.log("pretrain", step, {"nll": 1.0 / step, "tokens_per_second": 9.0, "step_seconds": 1.0})
+    page = write_report(run)["html"].read_text()
+    assert "a base, pretrained" in page and '<h2 id="pretrain-h">Pretraining</h2>' in page
+    assert "NLL per token (nats) over the optimizer steps of pretraining" in page and "20 optimizer steps" in page
+    assert "Findings" not in page
 
 
 READINESS = {
@@ -187,6 +214,11 @@ def test_the_first_screen_answers_whether_it_helped(tmp_path: Path) -> None:
     run.write_json("results.json", results)
     told = json.loads(write_report(run)["json"].read_text())["verdict"]
     assert "final is worse than base, -0.30 [-0.50, -0.01] (not after Holm's correction)" in told
+    for d in results["differences"]:
+        d |= {"p": 0.0625}  # McNemar's of few problems, beside a t interval that leaves 0 out
+    run.write_json("results.json", results)
+    told = json.loads(write_report(run)["json"].read_text())["verdict"]
+    assert told.startswith("Not decided by these 24 problems, pass@1: base → final -0.30 [-0.50, -0.01] (p = 0.062), ")
     page = (run.folder / "report.html").read_text()
     assert '<dt class="policy-base">base <small>pass@1</small></dt><dd>0.17<small>0.14–0.19</small></dd>' in page
 
@@ -251,6 +283,7 @@ def test_tasks_stand_beside_each_other_and_alone(tmp_path: Path) -> None:
     recipe = recipes.parse({"model": "m", "eval": {"tasks": ["gsm8k"]}})
     run = Run.create(tmp_path / "run", recipe)
     run.write_json("results.json", {"policies": {}, "differences": [], "tasks": TASKS})
+    run.write_json("sampling.json", {"sums": {"temperature": 0.6, "max_new_tokens": 99}})
     run.add_samples([sample("base", q, i == 0, task="sums") for q in range(6) for i in range(4)])
     judged = {
         "task": "mt_bench",
@@ -263,7 +296,7 @@ def test_tasks_stand_beside_each_other_and_alone(tmp_path: Path) -> None:
     run.add_samples(
         [judged | {"turn": t, "finished": True, "status": "answered", "gold": None, "answer": None} for t in (1, 2)]
     )
-    rating = {"task": "mt_bench", "policy": "base", "problem": "81", "turn": 1, "rating": 7.0}
+    rating = {"task": "mt_bench", "policy": "base", "problem": "81", "turn": 1, "rating": 7.0, "of": digest(["No."])}
     (run.folder / "judgments.jsonl").write_text(json.dumps(rating) + "\n")
     paths = write_report(run)
     page, text = paths["html"].read_text(), paths["md"].read_text()
@@ -278,7 +311,9 @@ def test_tasks_stand_beside_each_other_and_alone(tmp_path: Path) -> None:
     ):
         assert row in text, row
     assert 'id="scores"' not in page and 'id="tasks"' in page and "pass@1 on the same 30 problems of sums" in page
-    assert "25% of the completions of base in sums were cut at the limit" in page
+    assert "cut at the limit: 25% of base in sums" in page and page.count("25%") == 1  # a finding, no caveat too
+    assert "<summary>sums: pass@k over k, differences, truncation, verdicts</summary>" in page
+    assert "30 problems × 4 samples of each policy, T = 0.6, at most 99 tokens" in page
     assert "2 completions of base in sums could not be graded" in page
     assert "3 answers of base in mt_bench have no rating" in page
     assert '"rated 7"' in page and '"not rated"' in page  # the two turns
@@ -307,6 +342,18 @@ def test_costs_are_those_of_the_log(tmp_path: Path) -> None:
     assert rows["rl"] == ["8", "16", f"{8 * 7 * 4 * 8:,}", f"{8 * 7 * 4 * 8 / 16:,.0f}"]  # steps of 2 s, 32 × 7 tokens
     assert rows["sft"][0] == "8" and rows["eval"][2] == f"{sum(s['tokens'] for s in run.samples()):,}"
     assert "preference" not in rows
+    run = Run.create(tmp_path / "new", run.recipe)
+    for step, seconds in ((1, 2.0), (2, 3.0)):
+        row = {"step_seconds": seconds, "tokens": 100, "supervised_tokens": 40}
+        run.log("sft", step, {"nll": 1.0, "tokens_per_second": 100 / seconds, **row})
+    logged_rows = run.metrics("sft")
+    logged_rows[1]["time"] += 3600  # resumed an hour later
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged_rows))
+    told = json.loads(write_report(run)["json"].read_text())["costs"]
+    assert told[1] == ["sft", "2", "5", "200 (80 supervised)", "40"]
+    del logged_rows[0]["step_seconds"]  # by an earlier version
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged_rows))
+    assert costs.spent(run.metrics("sft")) == pytest.approx(3600, abs=1)
 
 
 OLD = ("floor", "below_floor", "objective", "kinds", "examples")

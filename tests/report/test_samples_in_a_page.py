@@ -10,6 +10,8 @@ from heatbath.report import browser
 from heatbath.report.browser import EXCERPT, Voice, as_json, cut, embedded, examples, told, voices
 from heatbath.report.page import write_report
 from heatbath.report.runs_page import write_comparison
+from heatbath.run import append_jsonl
+from heatbath.stages.judged import digest
 from written_runs import HOSTILE, sample, written
 
 
@@ -90,6 +92,35 @@ def test_too_much_is_cut_to_the_first_of_every_problem() -> None:
     assert all(tally[0] == [0, 10] for tally in data["tallies"])  # of all samples
     assert f"first {len(kept)}" in told(data) and "Of 205 samples" in told(data)
     assert embedded([Voice("base", "", rows)], budget=10)["kept"] == 1  # never nothing
+
+
+def test_a_problem_without_a_kept_sample_costs_nothing() -> None:
+    """Thousands of questions alone would take more than a page may."""
+    rows = [
+        sample(policy, q, False) | {"question": f"{q} " + "y" * 600} for policy in ("base", "final") for q in range(500)
+    ]
+    data = embedded(
+        voices([("", "", {p: [r for r in rows if r["policy"] == p] for p in ("base", "final")})]), budget=90_000
+    )
+    assert len(as_json(data)) <= 90_000 and 100 < data["kept"] < 1_000
+    shown = {question for _, _, question, *_ in unpacked(data)}
+    assert len(shown) == len(data["problems"]) == len(data["tallies"]) == data["kept"] / 2
+    assert f"They are of {len(shown)} of 500 problems." in told(data)
+
+
+def test_an_answer_for_a_judge_has_no_share_right_and_only_the_rating_of_itself(tmp_path: Path) -> None:
+    run = written(tmp_path / "run", {"base": 1}, problems=1, draws=1, k=(1,))
+    turns = [sample("base", 81, False, said, "mt_bench") | {"status": "answered"} for said in ("No.", "Yes.")]
+    run.add_samples([row | {"turn": turn} for turn, row in enumerate(turns, 1)])
+    common = {"task": "mt_bench", "policy": "base", "problem": "p081", "judge": "j"}
+    judgments = [
+        {"turn": 1, "rating": 7.0, "of": digest(["No."])},
+        {"turn": 2, "rating": 3.0, "of": digest(["No.", "a former answer"])},
+    ]
+    append_jsonl(run.folder / "judgments.jsonl", [common | row for row in judgments])
+    found = browser.rated(run, run.samples())
+    assert [row["status"] for row in found] == ["right", "rated 7", "not rated"]
+    assert embedded([Voice("base", "", found)])["tallies"] == [[[1, 1]], [[0, 0]], [[0, 0]]]
 
 
 def test_a_long_text_shows_its_beginning_and_its_end() -> None:

@@ -20,6 +20,7 @@ from heatbath.ideas.intervals import holm
 from heatbath.progress import Progress
 from heatbath.recipe import Recipe, parse
 from heatbath.report.page import write_report
+from heatbath.report.scores import scored
 from heatbath.run import Run
 from heatbath.stages import evaluate, scoring
 from heatbath.stages.evaluate import missing, rescore, run_evaluation
@@ -153,6 +154,9 @@ def test_fewer_problems_later_are_scored_alone(small_base: Path, task: Path, tmp
     found = run_evaluation(Run(run.folder, fewer), fewer, Progress(quiet=True))
     assert found["tasks"]["capitals"]["policies"]["base"]["problems"] == 1
     assert len(run.samples(task="capitals")) == 6
+    (first,) = found["tasks"]["capitals"]["asked"].split()
+    left = [row for row in scored(run.samples(), found) if row["task"] == "capitals"]
+    assert [row["problem"] for row in left] == [first, first]
 
 
 def test_a_policy_that_lacks_samples_is_named_and_not_scored(

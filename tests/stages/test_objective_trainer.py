@@ -386,6 +386,23 @@ def test_psft_in_a_plain_trainer_is_validated_against_its_old_policy_and_resumed
         assert torch.equal(again.model.get_parameter(name), p)
 
 
+def test_the_seconds_before_a_checkpoint_are_carried_with_its_sums_and_a_pause_is_not(tmp_path: Path) -> None:
+    rows = [{k: r[k] for k in ("input_ids", "labels")} for r in rows_with_columns()]
+    trainer = plain_trainer(tmp_path, objective("sft"), rows)
+    trainer._window_started -= 1000
+    carried = trainer.carried()
+    assert 1000 <= carried["seconds"] < 1100
+    again = plain_trainer(tmp_path, objective("sft"), rows)
+    again._window_started -= 5000  # what passed before it is known that the stage goes on
+    again.carry_on(carried)
+    again.train()
+    assert 1000 < again.state.log_history[0]["step_seconds"] < 1200
+    again = plain_trainer(tmp_path, objective("sft"), rows)
+    again.carry_on({"sums": carried["sums"]})  # by an earlier version
+    again.train()
+    assert again.state.log_history[0]["step_seconds"] < 200
+
+
 def test_validation_in_a_plain_trainer_returns_the_token_mean(tmp_path: Path) -> None:
     rows = [{k: r[k] for k in ("input_ids", "labels")} for r in rows_with_columns()]
     found = plain_trainer(tmp_path, objective("sft"), rows, per_device_eval_batch_size=3).evaluate()

@@ -83,7 +83,9 @@ def test_results_can_be_computed_again_from_the_samples(finished: Path) -> None:
     by_policy = {p: [r for r in rows if r["policy"] == p] for p in ("base", "init", "final")}
     again = summarise(by_policy, [1, 4])
     correct(again["differences"])
-    assert again | {"tasks": {}, "incomplete": []} == json.loads((finished / "results.json").read_text())
+    written = json.loads((finished / "results.json").read_text())
+    assert set(written.pop("asked").split()) == {r["problem"] for r in rows}
+    assert again | {"tasks": {}, "incomplete": []} == written
     for policy, drawn in by_policy.items():
         mean = sum(r["status"] == "right" for r in drawn) / len(drawn)
         found = json.loads((finished / "results.json").read_text())["policies"][policy]

@@ -259,6 +259,8 @@ def test_the_stage_writes_a_plain_checkpoint_with_the_same_logits(small_base: Pa
     assert val[-1]["val/nll"] < val[0]["val/nll"]
     assert all({"keep", "w", "surprise", "entropy", "tokens_per_second", "grad_norm"} <= set(r) for r in train)
     assert all("loss" not in r for r in rows)
+    assert all(r["step_seconds"] * r["tokens_per_second"] == pytest.approx(r["tokens"]) for r in train)
+    assert all(0 < r["supervised_tokens"] < r["tokens"] for r in train)
     assert json.loads((run.folder / "surprise.json").read_text())["beta"] == 4.0
 
 

@@ -221,7 +221,7 @@ def rows_of(record: dict[str, Any], where: str, fields: Fields, need: tuple[str,
     if fields.messages is not None:
         history, question, solutions = _conversation(record, fields.messages, where)
     else:
-        question = _required(record, fields.question, "question", where)
+        question = required(record, fields.question, "question", where)
         names = [fields.solution] if isinstance(fields.solution, str) else fields.solution
         solutions = [text for name in names for text in _texts(record, name, where)]
         several = [name for name in names for _ in _texts(record, name, where)] if len(names) > 1 else []
@@ -354,7 +354,8 @@ def as_text(value: Any, name: str, where: str) -> str | None:
     return str(value)
 
 
-def _required(record: dict[str, Any], name: str, what: str, where: str) -> str:
+def required(record: dict[str, Any], name: str, what: str, where: str) -> str:
+    """A field's text. Raises DataError, which says what the field is for, where it holds none."""
     text = as_text(record.get(name), name, where)
     if text is None:
         raise _missing(record, name, what, where)

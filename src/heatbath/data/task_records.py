@@ -42,16 +42,27 @@ class Reading(Section):
         return self.fields.model_copy(update={"solution": [], **own})
 
     def kept(self, records: Iterator[Record]) -> Iterator[Record]:
-        """The rows that `where` keeps. Raises DataError for a row without the field."""
+        """The rows that `where` keeps; a text counts as what it is written of, for CSV knows nothing else. Raises
+        DataError for a row without the field."""
         for record, place in records:
             for field, wanted in self.where.items():
                 if field not in record:
                     has = ", ".join(map(str, record))
                     raise DataError(f"no '{field}' in the row (it has {has})", place, f"`where` filters by '{field}'")
-                if record[field] not in (wanted if isinstance(wanted, list) else [wanted]):
+                values = wanted if isinstance(wanted, list) else [wanted]
+                if record[field] not in (*values, *map(str, values)):
                     break
             else:
                 yield record, place
+
+    def none_kept(self, name: str, read: int, where: str) -> DataError:
+        """What is wrong where no row of a table is left."""
+        if not read:
+            return DataError(f"the table of '{name}' holds no rows", where, "one problem per row")
+        asked = ", ".join(f"{field} = {value!r}" for field, value in self.where.items())
+        return DataError(
+            f"'{name}' keeps none of its {read:,} rows (where {asked})", where, "give `where` values that the rows have"
+        )
 
     def prepared(self, record: dict[str, Any], place: str) -> dict[str, Any]:
         """The record with options and answer in fields of their own. Raises DataError where they cannot be found."""

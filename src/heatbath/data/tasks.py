@@ -139,8 +139,11 @@ class Task(Reading):
     def questions(self, data_dir: Path | None = None) -> list[tuple[str, str]]:
         """(question, place) of every problem without prompt and options, as decontamination compares them."""
         if self.source == "table" and self.kind != "judge":
+            from heatbath.data.tables import required
+
             reading, records = self._records(data_dir)
-            return [(str(record[reading.fields.question]), place) for record, place in records]
+            name = reading.fields.question
+            return [(required(record, name, "question", place), place) for record, place in records]
         rows = self._problems(data_dir, None)
         if self.kind == "judge":
             return [(turn, row.origin) for row in rows for turn in json.loads(str(row.answer))["turns"]]
@@ -177,14 +180,16 @@ class Task(Reading):
 
         path = self._path(self.file, data_dir)
         reading = self if path is not None or self.hub is None else self._of_hub()
-        read = read_file(path, f"task {self.name}") if path is not None else self._hub_records(data_dir)
-        found = list(reading.kept(read))
+        read = list(read_file(path, f"task {self.name}") if path is not None else self._hub_records(data_dir))
+        found = list(reading.kept(iter(read)))
         if reading.problems is not None and len(found) != reading.problems:
             raise DataError(
                 f"'{self.name}' has {reading.problems:,} problems, but here are {len(found):,}",
                 str(path or self.origin),
                 "a whole copy of the benchmark; for a part of it `problems` of the recipe, or a task of your own",
             )
+        if not found:
+            raise reading.none_kept(self.name, len(read), str(path or self.origin))
         return reading, [(reading.prepared(record, place), place) for record, place in found]
 
     def _of_hub(self) -> Reading:

@@ -129,7 +129,7 @@ class ApiSampler(Closing):
         if why not in ("stop", "length", "content_filter"):
             raise self._fault(f"the server ended a completion with '{why}'", "look into its log")
         if ids is None:
-            text = str(choice["text"])
+            text = str(choice["text"]).encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # no half pairs
             ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
             if why == "stop" and self._tokenizer.eos_token_id is not None:  # no other stop was asked for
                 return Completion(number, [*ids, self._tokenizer.eos_token_id], "eos", text)

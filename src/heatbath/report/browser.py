@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from heatbath.run import OWN_TEST, Run, read_jsonl
+from heatbath.stages import judged
 from heatbath.verify.verdict import STATUSES
 
 BUDGET = 2_300_000  # bytes of samples in a page
@@ -20,19 +21,26 @@ EXCERPT = 4_000  # characters of one text; of a longer one the first and the las
 EXAMPLES = 6
 
 Rows = Sequence[Mapping[str, Any]]
+Problem = tuple[str, str, int]  # task, problem, turn
 
 
-def read(run: Run) -> list[dict[str, Any]]:
-    """The run's samples; an answer of a judged task has its rating as its status."""
+def rated(run: Run, samples: Rows) -> list[Mapping[str, Any]]:
+    """The samples; an answer of a judged task has as its status its rating by the recipe's judge, where that is of the
+    answers there are now."""
+    judge = run.recipe.eval.judge
     ratings = {
-        (row["task"], row["policy"], row["problem"], row["turn"]): row["rating"]
+        (row["task"], row["policy"], row["problem"], row["turn"], row["of"]): row["rating"]
         for row in read_jsonl(run.folder / "judgments.jsonl")
+        if judge is None or row["judge"] == judge.model
     }
+    said: dict[tuple[Any, ...], list[str]] = {}  # the answers of a conversation, which come in order
     out = []
-    for row in run.samples():
+    for row in samples:
         if row.get("status") not in STATUSES:
-            rating = ratings.get((row["task"], row["policy"], row["problem"], row.get("turn")))
-            row = row | {"status": "not rated" if rating is None else f"rated {rating:g}"}
+            conversation = row["task"], row["policy"], row["problem"]
+            said.setdefault(conversation, []).append(row["completion"])
+            rating = ratings.get((*conversation, row.get("turn"), judged.digest(said[conversation])))
+            row = {**row, "status": "not rated" if rating is None else f"rated {rating:g}"}
         out.append(row)
     return out
 
@@ -82,8 +90,8 @@ class _Table:
 def embedded(found: Sequence[Voice], *, budget: int = BUDGET) -> dict[str, Any]:
     """What the page's browser reads, in at most `budget` bytes of JSON, and how much of the whole that is.
 
-    Where everything is too much, the first samples of every problem are kept, as many per voice as fit. `tallies` are
-    of all samples, shown or not: right and drawn, by problem and voice.
+    Where everything is too much, the first samples of every problem are kept, as many per voice as fit, and no problem
+    of which none is. `tallies` are of all graded samples, shown or not: right and drawn, by problem and voice.
     """
     most = max((len(voice.rows) for voice in found), default=0)
     limit = most
@@ -99,26 +107,23 @@ def embedded(found: Sequence[Voice], *, budget: int = BUDGET) -> dict[str, Any]:
 
 def _packed(found: Sequence[Voice], limit: int) -> dict[str, Any]:
     texts, statuses, rules, tasks, problems = _Table(), _Table(), _Table(), _Table(), _Table()
-    tallies: dict[int, list[list[int]]] = {}
+    tallies: dict[Problem, list[list[int]]] = {}
     samples: list[int] = []
     asked: list[list[int]] = []
     for number, voice in enumerate(found):
-        places = []
         for row in voice.rows:
-            question, gold = str(row.get("question") or ""), row.get("gold")
-            task = row.get("task", OWN_TEST)
-            before = len(problems)
-            problem = problems((task, row["problem"], row.get("turn", 1)))
-            if problem == before:
-                asked.append([tasks(task), texts(cut(question)), texts("" if gold is None else cut(str(gold)))])
-                tallies[problem] = [[0, 0] for _ in found]
-            tallies[problem][number][0] += row["status"] == "right"
-            tallies[problem][number][1] += 1
-            places.append(problem)
-        for i in _first(places, limit):
+            tally = tallies.setdefault(_problem(row), [[0, 0] for _ in found])[number]
+            tally[0] += row["status"] == "right"
+            tally[1] += row["status"] in STATUSES  # a rating is no share
+        for i in _first([_problem(row) for row in voice.rows], limit):
             row = voice.rows[i]
+            before = len(problems)
+            problem = problems(_problem(row))
+            if problem == before:
+                question, gold = cut(str(row.get("question") or "")), row.get("gold")
+                asked.append([tasks(_problem(row)[0]), texts(question), texts("" if gold is None else cut(str(gold)))])
             answer, rule = row.get("answer"), row.get("rule") or ""
-            samples += [number, places[i], statuses(row["status"]), int(not row["finished"]), row["tokens"]]
+            samples += [number, problem, statuses(row["status"]), int(not row["finished"]), row["tokens"]]
             samples += [texts(cut(row["completion"])), -1 if answer is None else texts(cut(str(answer))), rules(rule)]
     return {
         "voices": [[voice.label, voice.css] for voice in found],
@@ -127,16 +132,21 @@ def _packed(found: Sequence[Voice], limit: int) -> dict[str, Any]:
         "rules": list(rules.numbers),
         "texts": list(texts.numbers),
         "problems": asked,
-        "tallies": [tallies[i] for i in range(len(asked))],
+        "tallies": [tallies[problem] for problem in problems.numbers],
         "samples": samples,  # 8 numbers each
         "kept": len(samples) // 8,
+        "of_problems": len(tallies),
     }
 
 
-def _first(problems: Sequence[int], limit: int) -> list[int]:
+def _problem(row: Mapping[str, Any]) -> Problem:
+    return row.get("task", OWN_TEST), row["problem"], row.get("turn", 1)
+
+
+def _first(problems: Sequence[Problem], limit: int) -> list[int]:
     """Which samples are kept of a voice: the first of every problem, then the second …, until there are `limit`; in
     their own order."""
-    drawn: dict[int, int] = {}
+    drawn: dict[Problem, int] = {}
     rounds = []
     for i, problem in enumerate(problems):
         drawn[problem] = drawn.get(problem, 0) + 1
@@ -163,9 +173,12 @@ def told(data: Mapping[str, Any]) -> str:
     """How much of the samples the page holds."""
     if data["limit"] is None:
         return f"All {data['of']:,} samples are in this page."
+    shown, there = len(data["problems"]), data["of_problems"]
+    of_problems = f"They are of {shown:,} of {there:,} problems. " if shown < there else ""
     return (
         f"Of {data['of']:,} samples {data['kept']:,} are in this page, to keep it small: of each policy the first "
-        f"{data['limit']:,}, one of every problem before the second of any. Shares of right answers count all of them."
+        f"{data['limit']:,}, one of every problem before the second of any. {of_problems}Shares of right answers count "
+        "every sample of a problem."
     )
 
 

@@ -8,15 +8,23 @@ from typing import Any
 
 from heatbath import recipe as recipes
 from heatbath.report import tables
-from heatbath.run import Run
+from heatbath.run import CHECKPOINTS, Run
 from heatbath.stages import scoring
 
 Rows = Sequence[Mapping[str, Any]]
 TRAINED = ("sft", "preference", "rl")
+TITLES = {
+    "pretrain": "Pretraining",
+    "sft": "Warm start",
+    "preference": "Preferences",
+    "rl": "Reinforcement learning",
+}
 
 
 def title(recipe: recipes.Recipe) -> str:
     """What the run is, in a line."""
+    if all(getattr(recipe, stage) is None for stage in TRAINED):
+        return "evaluation of the base" if recipe.pretrain is None else "a base, pretrained"
     start = f"{objective(recipe)} warm start" if recipe.sft else "no warm start"
     if recipe.preference:
         return f"{start}, then {recipe.preference.method.upper()}"
@@ -78,8 +86,8 @@ def verdict(results: Mapping[str, Any]) -> str:
     asked = next(iter(found["policies"].values()))["problems"]
     where = f" of {task}" if task else ""
     whole_first = sorted(differences, key=lambda d: d is not differences[-1])
-    decided = [_decided(d) for d in whole_first if d["low"] > 0 or d["high"] < 0]
-    open_ = [_change(d) for d in whole_first if d["low"] <= 0 <= d["high"]]
+    decided = [_decided(d) for d in whole_first if tables.decided(d)]
+    open_ = [_change(d) for d in whole_first if not tables.decided(d)]
     told = [f"pass@{k} on the same {asked:,} problems{where}: {'; '.join(decided)}."] if decided else []
     if open_:
         told.append(f"Not decided{'' if decided else f' by these {asked:,} problems{where}, pass@{k}'}: ")
@@ -88,7 +96,8 @@ def verdict(results: Mapping[str, Any]) -> str:
 
 
 def _change(d: Mapping[str, Any]) -> str:
-    return f"{d['from']} → {d['to']} {tables.interval(d, signed=True, digits=2)}"
+    p = f" (p = {tables.p_value(d['p'])})" if tables.doubtful(d) else ""
+    return f"{d['from']} → {d['to']} {tables.interval(d, signed=True, digits=2)}{p}"
 
 
 def _decided(d: Mapping[str, Any]) -> str:
@@ -97,14 +106,18 @@ def _decided(d: Mapping[str, Any]) -> str:
     return f"{d['to']} is {how} than {d['from']}, {tables.interval(d, signed=True, digits=2)}{doubt}"
 
 
-def conditions(recipe: recipes.Recipe, results: Mapping[str, Any]) -> str:
-    """How the scores of the run's own problems were sampled."""
+def conditions(results: Mapping[str, Any], drawn: Mapping[str, Any]) -> str:
+    """How the scores were sampled: T and the limit of `drawn`."""
     first = next(iter(results["policies"].values()))
     return (
         f"{first['problems']:,} problems × {first['samples'] / first['problems']:g} samples of each policy, "
-        f"T = {recipe.eval.temperature:g}, at most {recipe.eval.max_new_tokens:,} tokens; pass@k unbiased. Intervals: "
+        f"T = {drawn['temperature']:g}, at most {drawn['max_new_tokens']:,} tokens; pass@k unbiased. Intervals: "
         "Student t over problems, 95 %; they say nothing about another training seed."
     )
+
+
+def pretrain(rows: Rows) -> str:
+    return sft(rows)
 
 
 def sft(rows: Rows) -> str:
@@ -148,12 +161,12 @@ def readiness(found: Mapping[str, Any]) -> str:
     return " ".join([said, *(f"{note[0].upper()}{note[1:]}." for note in found["notes"])])
 
 
-def caveats(run: Run, results: Mapping[str, Any] | None, profile: Mapping[str, Any] | None) -> list[str]:
-    """What a reader must know who would conclude something from the run."""
+def caveats(
+    run: Run, results: Mapping[str, Any] | None, profile: Mapping[str, Any] | None, left_out: int = 0
+) -> list[str]:
+    """What a reader must know who would conclude something from the run, of which `left_out` samples are not shown."""
     recipe = run.recipe
-    late = [stage for stage in TRAINED if getattr(recipe, stage) is not None and not run.metrics(stage)]
-    late += [] if results else ["eval"]
-    said = [f"Unfinished: {', '.join(late)} did not run yet."] if late else []
+    said = unfinished(run, results)
     if any(getattr(recipe, stage) is not None for stage in TRAINED):
         said += ["One training seed. Seeds can differ by more than methods do; compare several before believing a "]
         said[-1] += "ranking."
@@ -163,28 +176,44 @@ def caveats(run: Run, results: Mapping[str, Any] | None, profile: Mapping[str, A
         )
     if results:
         for name, found in results["policies"].items():
-            said += of_scores(found, name, recipe.eval.max_new_tokens)
+            said += of_scores(found, name)
         for task, one in results.get("tasks", {}).items():
             for name, found in one["policies"].items():
-                said += of_scores(found, f"{name} in {task}", None)
+                said += of_scores(found, f"{name} in {task}")
         said += [f"{scoring.unscored(one)}." for one in results.get("incomplete", ())]
         if recipe.data.source == "arithmetic":
             said.append("No format is asked for: a box, '####', 'the answer is' or else the last number is graded.")
+    if left_out:
+        said.append(f"{left_out:,} samples are left out: the last evaluation did not ask their problems.")
     if profile and profile.get("rows", 0) < profile.get("demonstrations", 0):
         said.append(f"The surprise histogram covers the first {profile['rows']} demonstrations.")
     said.append("The seed fixes the numbers on this machine only; another one rounds, and so samples, differently.")
     return said
 
 
-def of_scores(found: Mapping[str, Any], name: str, limit: int | None) -> list[str]:
-    """What is to be known about a policy's score: completions cut at `limit` tokens, not graded, not rated."""
+def unfinished(run: Run, results: Mapping[str, Any] | None) -> list[str]:
+    """Which stages have not ended, and which policies are there that the evaluation did not sample."""
+    parts = [results, *results.get("tasks", {}).values()] if results else []
+    scored = {policy for part in parts for policy in part["policies"]}
+    late = []
+    for stage in TITLES:
+        if getattr(run.recipe, stage) is None or run.finished(stage) or CHECKPOINTS[stage] in scored:
+            continue
+        steps = max((row["step"] for row in run.metrics(stage)), default=0)
+        most = getattr(getattr(run.recipe, stage), "max_steps", None)
+        of = f" of {most:,}" if most else ""
+        late.append(f"{stage} has come to step {steps:,}{of}" if steps else f"{stage} did not run yet")
+    late += [] if results else ["eval did not run yet"]
+    said = [f"Unfinished: {', '.join(late)}."] if late else []
+    there = [policy for policy in run.policies if policy not in scored and run.checkpoint(policy).is_dir()]
+    if results and there:
+        said.append(f"Without a score: {', '.join(there)}, of which the evaluation has no samples (heatbath eval).")
+    return said
+
+
+def of_scores(found: Mapping[str, Any], name: str) -> list[str]:
+    """What is to be known about a policy's score beside the findings: completions not graded, answers not rated."""
     said = []
-    if found.get("truncated_share", 0) > 0.05:
-        at = "the limit" if limit is None else f"{limit:,} tokens"
-        said.append(
-            f"{found['truncated_share']:.0%} of the completions of {name} were cut at {at}; a longer limit could raise "
-            "its score."
-        )
     if found.get("grader_failures"):
         said.append(f"{found['grader_failures']} completions of {name} could not be graded and count as not right.")
     if found.get("failures"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,14 @@ class Compared:
     name: str
     run: Run
     results: Mapping[str, Any]
-    samples: Rows
+    drawn: Rows
+    samples: Rows  # of what was drawn those that the results are of
     counted: Mapping[str, Mapping[str, Counted]]  # task → policy → counts
 
     @property
     def last(self) -> str | None:
         there = {policy for policies in self.counted.values() for policy in policies}
+        there = there or {policy for policies in ratings(self).values() for policy in policies}
         return next((policy for policy in reversed(self.run.policies) if policy in there), None)
 
 
@@ -42,12 +45,13 @@ def read(folders: Sequence[Path]) -> list[Compared]:
     out = []
     for name, folder in zip(distinct_names(whole), folders, strict=True):
         run = Run.read(folder)
-        samples = browser.read(run)
+        results, drawn = run.read_json("results.json") or {}, run.samples()
+        samples = browser.rated(run, scores.scored(drawn, results))
         counted = {
             task: {policy: scoring.per_problem(rows) for policy, rows in policies.items()}
             for task, policies in scores.by_task(samples).items()
         }
-        out.append(Compared(name, run, run.read_json("results.json") or {}, samples, counted))
+        out.append(Compared(name, run, results, drawn, samples, counted))
     return out
 
 
@@ -65,6 +69,21 @@ def tasks_of(runs: Sequence[Compared]) -> list[str]:
     every = list(dict.fromkeys(task for run in runs for task in run.counted))
     shared = [task for task in every if sum(task in run.counted for run in runs) > 1]
     return sorted(shared, key=lambda task: task != OWN_TEST)
+
+
+def ratings(run: Compared) -> dict[str, Mapping[str, Any]]:
+    """Judged task → policy → what results.json says of it."""
+    tasks = run.results.get("tasks", {})
+    return {task: part["policies"] for task, part in tasks.items() if part.get("kind") == "judge" and part["policies"]}
+
+
+def without_scores(runs: Sequence[Compared]) -> str:
+    """What can be said of runs without a graded task in common."""
+    every = list(dict.fromkeys(task for run in runs for task in ratings(run)))
+    shared = [task for task in every if sum(task in ratings(run) for run in runs) > 1]
+    if not shared:
+        return "The runs have no task in common."
+    return f"The runs have only judged tasks in common: {', '.join(shared)}. Their mean ratings stand below, untested."
 
 
 def differences(runs: Sequence[Compared], task: str) -> list[dict[str, Any]]:
@@ -126,32 +145,40 @@ def rating_rows(runs: Sequence[Compared]) -> list[list[str]]:
     """Header and one row per run, judged task and policy: the mean rating of 10, as results.json has it."""
     rows = [["run", "task", "policy", "rating of 10", "questions"]]
     for each in runs:
-        for task, part in each.results.get("tasks", {}).items():
-            for policy, found in part["policies"].items() if part.get("kind") == "judge" else ():
+        for task, policies in ratings(each).items():
+            for policy, found in policies.items():
                 rating = MISSING if found["rating"] is None else tables.interval(found["rating"], digits=2)
                 rows.append([each.name, task, policy, rating, f"{found['problems']:,}"])
     return rows
 
 
 def verdict(runs: Sequence[Compared], found: Sequence[Mapping[str, Any]], task: str) -> str:
-    """Which run ends highest at the first k, and which of its differences to the others are decided."""
-    ended = [(c, scores.curve(c.counted)) for run in runs if (c := contender(run, task, run.last))]
+    """Which run ends highest at the first k, of those that are compared with another, and which of its differences to
+    the others are decided."""
+    ended = [c for run in runs if (c := contender(run, task, run.last))]
     if len(ended) < 2:
         return "Fewer than two runs have scores to compare."
-    k = min(c.ks[0] for c, _ in ended)
-    best, (_, low, mean, high) = max(
-        ((c, next((point for point in curve if point[0] >= k), curve[-1])) for c, curve in ended),
-        key=lambda each: each[1][2],
-    )
-    others = [d for d in found if d["k"] == k and d["of"] == "end" and best.run in (d["from"], d["to"])]
+    k = min((d["k"] for d in found if d["of"] == "end"), default=0)
+    paired = [d for d in found if d["k"] == k and d["of"] == "end"]
+    named = {name for d in paired for name in (d["from"], d["to"])}
+    within = [(c, scores.estimate(c.counted, k)) for c in ended if c.run in named]
+    apart = [c for c in ended if c.run not in named]
+    shared = any(set(a.counted[0]) & set(b.counted[0]) for a in apart for b in ended if a is not b)
+    why = "no pass@k in common" if shared else "no problem in common"
+    if not within:
+        return f"Not compared: {why}."
+    best, score = max(within, key=lambda each: each[1]["mean"] or 0.0)
+    others = [d for d in paired if best.run in (d["from"], d["to"])]
     beaten = [_other(d, best.run) for d in others if _ahead(d, best.run)]
     rest = [_other(d, best.run) for d in others if not _ahead(d, best.run)]
-    where = "" if task == OWN_TEST else f" of {task}"
-    said = f"{best.run} ends highest: pass@{k}{where} {mean:.2f} [{low:.2f}, {high:.2f}]."
+    of = "" if task == OWN_TEST else f" of {task}"
+    said = f"{best.run} ends highest: pass@{k}{of} {tables.interval(score, digits=2)}."
     if beaten:
         said += f" It is better than {', '.join(beaten)} on the same problems."
     if rest:
         said += f" Against {', '.join(rest)} these data decide nothing."
+    if apart:
+        said += f" Not compared: {', '.join(c.run for c in apart)} ({why})."
     return said
 
 
@@ -198,32 +225,46 @@ def _shown(value: Any) -> str:
 def caveats(runs: Sequence[Compared], task: str | None) -> list[str]:
     """What forbids, or weakens, a comparison of these runs."""
     said = []
-    if not same_base(runs):
+    if (same := same_base(runs)) is not True:
         said.append("The runs do not start from the same base: differences are not of the methods alone.")
+        if same is None:
+            said[-1] = "Whether the runs start from the same base is not known: not all of them noted which it was."
     sampled = [each.run.recipe.eval for each in runs]
     if len({(s.temperature, s.max_new_tokens, s.top_p) for s in sampled}) > 1:
         said.append("The runs were sampled under different conditions ([eval] in the recipes).")
     asked = {tuple(next(iter(r.counted[task].values()))[0]) for r in runs if task is not None and task in r.counted}
     if len(asked) > 1:
         said.append("The runs were not asked the same problems; each difference is over those that both were asked.")
-    seeds = {each.run.recipe.seed for each in runs}
-    if len(seeds) == 1:
+    if not _repeated(runs):
         said.append("One training seed each. Seeds can differ by more than methods do.")
     if len(runs) > scores.ALL_PAIRS:
         said.append(f"Of more than {scores.ALL_PAIRS} runs each is compared with the first only.")
     for each in runs:
+        said += [f"{each.name}: {line}" for line in captions.unfinished(each.run, each.results)]
         for name, found in each.results.get("policies", {}).items():
-            if name == "base" and same_base(runs) and each is not runs[0]:
+            if name == "base" and same and each is not runs[0]:
                 continue
-            said += captions.of_scores(found, f"{each.name} {name}", each.run.recipe.eval.max_new_tokens)
+            said += captions.of_scores(found, f"{each.name} {name}")
     return said
 
 
-def same_base(runs: Sequence[Compared]) -> bool:
-    """Whether all runs started from the same weights, as far as they noted that down."""
-    return len({(base or {}).get("fingerprint") for base in (each.run.read_json("base.json") for each in runs)}) == 1
+def same_base(runs: Sequence[Compared]) -> bool | None:
+    """Whether all runs started from the same weights, by their fingerprints; where one noted none, by the base's name.
+    None where that is not known either."""
+    noted = [(each.run.read_json("base.json") or {}).get("fingerprint") for each in runs]
+    if None not in noted or len({*noted} - {None}) > 1:
+        return len({*noted}) == 1
+    models = {each.run.recipe.model for each in runs}
+    return None if None in models else len(models) == 1
+
+
+def _repeated(runs: Sequence[Compared]) -> bool:
+    """Whether two of the runs differ in nothing but the training seed."""
+    pairs = itertools.combinations((each.run.recipe for each in runs), 2)
+    return any(set(recipes.changes(first, second)) == {"seed"} for first, second in pairs)
 
 
 def findings_of(runs: Sequence[Compared]) -> list[tuple[str, findings.Finding]]:
     """Every finding of every run, with the run's name."""
-    return [(each.name, found) for each in runs for found in findings.find(findings.Seen.of(each.run))]
+    seen = ((each.name, findings.Seen.of(each.run, scores.graded(each.samples))) for each in runs)
+    return [(name, found) for name, one in seen for found in findings.look(one)[0]]

@@ -19,9 +19,8 @@ def stage_rows(run: Run, samples: Rows) -> list[list[str]]:
         if not steps:
             continue
         seconds = spent(logged)
-        tokens = _sampled(run, logged) if stage == "rl" else _supervised(logged, seconds)
+        tokens, shown = _sampled(run, logged) if stage == "rl" else _read(logged, seconds)
         speed = "–" if not seconds or not tokens else f"{tokens / seconds:,.0f}"
-        shown = "–" if not tokens else f"{'' if stage == 'rl' else '≈ '}{tokens:,.0f}"
         rows.append([stage, f"{steps:,}", f"{seconds:,.0f}" if seconds else "–", shown, speed])
     if samples:
         tokens = sum(row["tokens"] for row in samples)
@@ -30,25 +29,35 @@ def stage_rows(run: Run, samples: Rows) -> list[list[str]]:
 
 
 def spent(logged: Rows) -> float:
-    """Seconds of a stage: those that its steps took, or else those between its first and its last row."""
-    steps = [row["step_seconds"] for row in logged if "step_seconds" in row]
-    if steps:
+    """Seconds of a stage: those that its steps took, or, where an earlier version logged none, those between its first
+    and its last row, pauses included."""
+    if not _of_earlier_version(logged) and (steps := [row["step_seconds"] for row in logged if "step_seconds" in row]):
         return float(sum(steps))
     times = [row["time"] for row in logged if "time" in row]
     return float(max(times) - min(times)) if times else 0.0
 
 
-def _supervised(logged: Rows, seconds: float) -> float:
-    """Supervised tokens, from the speed: what the steps themselves counted is not logged."""
-    speeds = [row["tokens_per_second"] for row in logged if "tokens_per_second" in row]
-    return seconds * sum(speeds) / len(speeds) if speeds else 0.0
+def _of_earlier_version(logged: Rows) -> bool:
+    return any("tokens_per_second" in row and "step_seconds" not in row for row in logged)
 
 
-def _sampled(run: Run, logged: Rows) -> float:
-    """Tokens of the completions that RL sampled."""
+def _read(logged: Rows, seconds: float) -> tuple[float, str]:
+    """Tokens that training read, and as text with how many of them were supervised; from the speed where an earlier
+    version did not log them."""
+    if _of_earlier_version(logged):
+        speeds = [row["tokens_per_second"] for row in logged if "tokens_per_second" in row]
+        tokens = seconds * sum(speeds) / len(speeds)
+        return tokens, f"≈ {tokens:,.0f}" if tokens else "–"
+    tokens, supervised = (sum(row.get(key, 0) for row in logged) for key in ("tokens", "supervised_tokens"))
+    return tokens, f"{tokens:,.0f} ({supervised:,.0f} supervised)" if tokens else "–"
+
+
+def _sampled(run: Run, logged: Rows) -> tuple[float, str]:
+    """Tokens of the completions that RL sampled, and as text."""
     settings = run.recipe.rl
     lengths = [row["completion_tokens"] for row in logged if "completion_tokens" in row]
-    return sum(lengths) * settings.prompts * settings.group_size if settings is not None else 0.0
+    tokens = sum(lengths) * settings.prompts * settings.group_size if settings is not None else 0.0
+    return tokens, f"{tokens:,.0f}" if tokens else "–"
 
 
 def environment(env: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ from heatbath.report.start_findings import (
     under_constrained,
 )
 
-__all__ = ["LOOKS", "Finding", "Seen", "Unjudged", "find", "unjudged"]
+__all__ = ["LOOKS", "Finding", "Seen", "Unjudged", "find", "look", "unjudged"]
 
 LOOKS: tuple[Callable[[Seen], Finding | Unjudged | None], ...] = (
     target_underflow,
@@ -35,11 +35,16 @@ LOOKS: tuple[Callable[[Seen], Finding | Unjudged | None], ...] = (
 )
 
 
+def look(seen: Seen) -> tuple[list[Finding], list[Unjudged]]:
+    """Every finding of the run, none for a stage that the recipe has not or that has not begun; and what could not be
+    looked for."""
+    found = [each(seen) for each in LOOKS]
+    return [f for f in found if isinstance(f, Finding)], [u for u in found if isinstance(u, Unjudged)]
+
+
 def find(seen: Seen) -> list[Finding]:
-    """Every finding of the run; none for a stage that the recipe has not or that has not begun."""
-    return [found for look in LOOKS if isinstance(found := look(seen), Finding)]
+    return look(seen)[0]
 
 
 def unjudged(seen: Seen) -> list[Unjudged]:
-    """What could not be looked for."""
-    return [found for look in LOOKS if isinstance(found := look(seen), Unjudged)]
+    return look(seen)[1]

@@ -30,13 +30,14 @@ from heatbath.report.rendering import rendered
 from heatbath.report.surprise_section import write_surprise
 from heatbath.run import OWN_TEST, Run, write_atomically
 from heatbath.stages import scoring
+from heatbath.stages.evaluate import SAMPLING
 from heatbath.verify.verdict import STATUSES
 
 __all__ = ["gather", "paths_of", "section_list", "write_report", "write_surprise"]
 
 KEPT = (
     *("title", "verdict", "results", "surprise_profile", "shift_found", "readiness", "findings", "unjudged"),
-    *("published", "caveats", "command", "facts", "costs", *captions.TRAINED),
+    *("published", "caveats", "command", "facts", "costs", *captions.TITLES),
 )
 
 
@@ -65,18 +66,21 @@ def gather(run: Run) -> dict[str, Any]:
     """Everything the page says."""
     recipe, results, profile = run.recipe, run.read_json("results.json"), run.read_json("surprise.json")
     env = run.read_json("env.json")
-    logged = {stage: run.metrics(stage) for stage in captions.TRAINED}
-    readiness, seen, samples = _readiness(run), findings.Seen.of(run), browser.read(run)
-    shift = run.read_json("shift.json")
+    logged = {stage: run.metrics(stage) for stage in captions.TITLES}
+    drawn = run.samples()
+    samples = browser.rated(run, scores.scored(drawn, results or {}))
+    graded = scores.by_task(samples)
+    readiness, shift = _readiness(run), run.read_json("shift.json")
     note = surprise_section.note(profile) if profile else ""
+    listed, unjudged = findings.look(findings.Seen.of(run, scores.graded(samples)))
     found = {
         "title": captions.title(recipe),
         "subtitle": f"{recipe.model or 'a new base'} · seed {recipe.seed} · {env['started'][:10]} · {env['device']}",
         "results": results,
         "headline": captions.headline(results) if results else [],
         "verdict": captions.verdict(results) if results else "",
-        "scores": _scores(recipe, results, samples) if results and results["policies"] else None,
-        "tasks": _tasks(results, samples) if results and results.get("tasks") else None,
+        "scores": _scores(run, OWN_TEST, results, graded) if results and results["policies"] else None,
+        "tasks": _tasks(run, results, graded) if results and results.get("tasks") else None,
         "published": beside.section(recipe, results) if results else None,
         "surprise_profile": profile,
         "surprise": surprise_section.section(profile) if profile and not note else None,
@@ -86,16 +90,17 @@ def gather(run: Run) -> dict[str, Any]:
         "readiness": readiness,
         "readiness_text": captions.readiness(readiness) if readiness else "",
         "readiness_rows": tables.readiness_rows(readiness, readiness["happened"]) if readiness else [],
-        "findings": [asdict(found) for found in findings.find(seen)],
-        "unjudged": [asdict(found) for found in findings.unjudged(seen)],
-        "looked_for": bool(results or any(logged.values())),
+        "findings": [asdict(found) for found in listed],
+        "unjudged": [asdict(found) for found in unjudged],
+        "no_findings": "None of those that could be judged." if unjudged else "None.",
+        "looked_for": bool(results or any(logged[stage] for stage in captions.TRAINED)),
         **logged,
         "training": [stage for name in logged if (stage := _training(name, logged[name]))],
         "browser": _browser(run.policies, samples),
-        "caveats": captions.caveats(run, results, profile),
+        "caveats": captions.caveats(run, results, profile, len(drawn) - len(samples)),
         "command": env["command"],
         "facts": captions.settings(recipe) + costs.environment(env),
-        "costs": costs.stage_rows(run, samples),
+        "costs": costs.stage_rows(run, drawn),
         "recipe_toml": recipes.as_toml(recipe),
     }
     return {**found, "sections": section_list(found)}
@@ -119,15 +124,18 @@ def section_list(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(anchor, name) for anchor, name, there in listed if there]
 
 
-def _scores(recipe: recipes.Recipe, results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    own = scores.by_task(samples).get(OWN_TEST, {})
+def _scores(run: Run, task: str, results: Mapping[str, Any], graded: scores.ByTask) -> dict[str, Any]:
+    """A task's part of the page, of its part of the results."""
     rows = tables.difference_rows(results)
-    drawn = [_curves(results["policies"], own, "")]
-    if forest := _forest(results["differences"], ""):
+    of = "" if task == OWN_TEST else f" of {task}"
+    drawn = [_curves(results["policies"], graded.get(task, {}), of)]
+    if forest := _forest(results["differences"], of):
         drawn.append(forest)
+    conditions = (run.read_json(SAMPLING) or {}).get(task, run.recipe.eval.model_dump())
     return {
+        "of": of,
         "figures": drawn,
-        "caption": captions.conditions(recipe, results)
+        "caption": captions.conditions(results, conditions)
         + (" A hollow dot marks a difference whose interval holds 0." if len(rows) > 1 else ""),
         "rows": tables.results_rows(results),
         "differences": rows,
@@ -145,7 +153,7 @@ def _curves(policies: Mapping[str, Any], samples: Mapping[str, Any], of: str) ->
         return Markup(score_figures.pass_curves([(POLICY_LOOKS[p], curves[p]) for p in policies], told))
     rows = _dots(policies)
     told = f"pass@k of {named}{of} with 95 % intervals; the table below holds the numbers"
-    return Markup(score_figures.dots(rows, "share of held-out problems (95 % interval)", told))
+    return Markup(score_figures.dots(rows, "share of problems (95 % interval)", told))
 
 
 def _dots(policies: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -164,23 +172,24 @@ def _forest(differences: Sequence[Mapping[str, Any]], of: str) -> Markup | None:
     return Markup(score_figures.forest(groups, "difference on the same problems", told))
 
 
-def _tasks(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _tasks(run: Run, results: Mapping[str, Any], graded: scores.ByTask) -> dict[str, Any]:
     tasks = results["tasks"]
-    graded = {name: found for name, found in tasks.items() if found.get("kind") != "judge" and found["policies"]}
+    scored = {name: found for name, found in tasks.items() if found.get("kind") != "judge" and found["policies"]}
     rows = []
-    for name, found in graded.items():
+    for name, found in scored.items():
         k = next(iter(next(iter(found["policies"].values()))["pass"]))
         rows.append((f"{name}\npass@{k}", {p: f["pass"][k] for p, f in found["policies"].items()}))
     judged = [(name, tables.category_rows(found)) for name, found in tasks.items() if found.get("kind") == "judge"]
     drawn = []
     if rows:
-        told = f"scores of {', '.join(graded)} with 95 % intervals; the table below holds the numbers"
+        told = f"scores of {', '.join(scored)} with 95 % intervals; the table below holds the numbers"
         drawn.append(Markup(score_figures.dots(rows, "share of problems (95 % interval)", told)))
     return {
         "figures": drawn,
         "caption": "The first pass@k of each task with its 95 % interval over problems.",
         "rows": tables.task_rows(tasks),
         "differences": tables.task_difference_rows(tasks),
+        "each": [(name, _scores(run, name, found, graded)) for name, found in scored.items()],
         "categories": judged,
     }
 
@@ -207,12 +216,11 @@ def _shift(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _training(stage: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    titles = {"sft": "Warm start", "preference": "Preferences", "rl": "Reinforcement learning"}
     if not rows:
         return None
     drawn = [Markup(svg) for svg in training_figures.learning_curves(stage, rows)]
     caption = getattr(captions, stage)(rows) + training_figures.unseen(stage, [rows])
-    return {"id": stage, "title": titles[stage], "figures": drawn, "caption": caption}
+    return {"id": stage, "title": captions.TITLES[stage], "figures": drawn, "caption": caption}
 
 
 def _browser(policies: Sequence[str], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

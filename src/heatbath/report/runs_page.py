@@ -28,7 +28,6 @@ from heatbath.report.rendering import rendered
 from heatbath.run import OWN_TEST, write_atomically
 from heatbath.stages import scoring
 
-TITLES = {"sft": "Warm start", "preference": "Preferences", "rl": "Reinforcement learning"}
 KEPT = ("title", "verdict", "runs", "differences", "recipe", "findings", "caveats")
 
 
@@ -52,7 +51,7 @@ def gather(runs: Sequence[Compared]) -> dict[str, Any]:
     found = {task: comparison.differences(runs, task) for task in tasks}
     scoring.correct([d for rows in found.values() for d in rows])
     shown = [_task(runs, looks, task, found[task]) for task in tasks]
-    said = comparison.verdict(runs, found[tasks[0]], tasks[0]) if tasks else "The runs have no task in common."
+    said = comparison.verdict(runs, found[tasks[0]], tasks[0]) if tasks else comparison.without_scores(runs)
     listed = comparison.findings_of(runs)
     title = f"{len(runs)} runs compared"
     caveats = comparison.caveats(runs, tasks[0] if tasks else None)
@@ -65,7 +64,7 @@ def gather(runs: Sequence[Compared]) -> dict[str, Any]:
         "tasks": shown,
         "ratings": comparison.rating_rows(runs),
         "shift": _shift(runs, looks),
-        "training": [t for stage in captions.TRAINED if (t := _training(runs, looks, stage))],
+        "training": [t for stage in captions.TITLES if (t := _training(runs, looks, stage))],
         "findings": [(name, f) for name, f in listed],
         "recipe_rows": comparison.recipe_rows(runs),
         "recipes": [(each.name, recipes.as_toml(each.run.recipe)) for each in runs],
@@ -112,17 +111,32 @@ def _legend(each: Compared, look: Look, task: str | None) -> dict[str, Any]:
     """A run's name and look, what it is, the first score it ends with, and what that is over its own base."""
     own = {"name": each.name, "css": look.css, "swatch": Markup(swatch(look)), "title": captions.title(each.run.recipe)}
     ended = comparison.contender(each, task, each.last) if task is not None else None
+    if ended is None and task is None and (rated := comparison.ratings(each)):
+        return {**own, **_rated(each, *next(iter(rated.items())))}
     if ended is None:
         return {**own, "value": "–", "interval": "no samples", "gain": ""}
-    k, low, mean, high = scores.curve(ended.counted)[0]
+    found = scores.estimate(ended.counted, 1)
     base = comparison.contender(each, str(task), "base") if each.last != "base" else None
     gain = scores.compared([base, ended]) if base is not None else []
     return {
         **own,
-        "value": f"{mean:.2f}",
-        "interval": f"{each.last} pass@{k} {low:.2f}–{high:.2f}",
+        "value": f"{found['mean']:.2f}",
+        "interval": f"{each.last} pass@1 {_between(found)}".strip(),
         "gain": f"over its base {tables.interval(gain[0], signed=True, digits=2)}" if gain else "",
     }
+
+
+def _rated(each: Compared, task: str, found: Mapping[str, Any]) -> dict[str, str]:
+    """The same of a run that has answers for a judge alone: its last policy's rating."""
+    rating = found[str(each.last)]["rating"] if each.last in found else None
+    if rating is None:
+        return {"value": "–", "interval": f"no rating in {task}", "gain": ""}
+    told = f"{each.last} rating of 10 in {task} {_between(rating)}"
+    return {"value": f"{rating['mean']:.2f}", "interval": told.strip(), "gain": ""}
+
+
+def _between(estimate: Mapping[str, Any]) -> str:
+    return "" if estimate["low"] is None else f"{estimate['low']:.2f}–{estimate['high']:.2f}"
 
 
 def _task(
@@ -212,13 +226,13 @@ def _training(runs: Sequence[Compared], looks: Mapping[str, Look], stage: str) -
     if len(logged) > 1 and longest > training_figures.OVERLAID:
         caption += f" Long curves are means of neighbouring steps, {training_figures.OVERLAID} points each."
     caption += training_figures.unseen(stage, [rows for _, rows in logged])
-    return {"id": stage, "title": TITLES[stage], "figures": drawn, "caption": caption.strip()}
+    return {"id": stage, "title": captions.TITLES[stage], "figures": drawn, "caption": caption.strip()}
 
 
 def _cost_rows(runs: Sequence[Compared]) -> list[list[str]]:
     rows: list[list[str]] = []
     for each in runs:
-        head, *stages = costs.stage_rows(each.run, each.samples)
+        head, *stages = costs.stage_rows(each.run, each.drawn)
         rows = rows or [["run", *head]]
         rows += [[each.name, *row] for row in stages]
     return rows
@@ -270,7 +284,8 @@ def _markdown(found: Mapping[str, Any]) -> str:
     parts = [f"# {found['title']}", found["subtitle"], found["verdict"]]
     parts.append("\n".join(f"- {run['name']}: {run['title']}" for run in found["legend"]))
     for task in found["tasks"]:
-        parts += [f"## {task['title']}", *(tables.markdown(task[key]) for key in ("rows", "differences") if task[key])]
+        shown = [task[key] for key in ("rows", "differences") if len(task[key]) > 1]
+        parts += [f"## {task['title']}", *map(tables.markdown, shown)]
     if len(found["ratings"]) > 1:
         parts += ["## Judged answers", tables.markdown(found["ratings"])]
     if found["findings"]:

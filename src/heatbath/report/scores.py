@@ -18,25 +18,44 @@ from heatbath.stages.scoring import Counted
 from heatbath.verify.verdict import STATUSES
 
 Rows = Sequence[Mapping[str, Any]]
+ByTask = dict[str, dict[str, list[dict[str, Any]]]]  # task → policy → samples
 Curve = list[tuple[int, float, float, float]]  # k, low, mean, high
 
 MOST_KS = 20
 ALL_PAIRS = 4  # runs; of more each is compared with the first only
 
 
-def by_task(samples: Rows) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def scored(samples: Rows, results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The samples that results.json is of: an earlier evaluation may have asked more problems, or others. All of them
+    where an earlier version wrote it."""
+    parts = {OWN_TEST: results, **results.get("tasks", {})}
+    asked = {task: set(part["asked"].split()) for task, part in parts.items() if "asked" in part}
+    tasks = [(row, asked.get(row.get("task", OWN_TEST))) for row in samples]
+    return [row for row, problems in tasks if problems is None or row["problem"] in problems]
+
+
+def graded(samples: Rows) -> list[dict[str, Any]]:
+    """The samples without the answers for a judge."""
+    return [dict(row) for row in samples if row.get("status") in STATUSES]
+
+
+def by_task(samples: Rows) -> ByTask:
     """Task → policy → its graded samples, each in the order in which they came; answers for a judge are left out."""
-    out: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for row in samples:
-        if row.get("status") in STATUSES:
-            task = row.get("task", OWN_TEST)
-            out.setdefault(task, {}).setdefault(row["policy"], []).append(dict(row))
+    out: ByTask = {}
+    for row in graded(samples):
+        out.setdefault(row.get("task", OWN_TEST), {}).setdefault(row["policy"], []).append(row)
     return out
+
+
+def estimate(counted: Counted, k: int) -> dict[str, float | None]:
+    """pass@k as `mean`, `low` and `high`; one problem has no interval."""
+    _, n, right = counted
+    return mean_with_interval(pass_at_k(right, n, k), bounds=(0.0, 1.0)).numbers()
 
 
 def curve(counted: Counted) -> Curve:
     """pass@k with its interval for every k that all problems have samples for; of many k a choice, evenly on a
-    logarithmic scale, with the first and the last."""
+    logarithmic scale, with the first and the last. A single problem has a line and no band."""
     _, n, right = counted
     last = int(n.min())
     ks = np.arange(1, last + 1) if last <= MOST_KS else np.unique(np.round(np.geomspace(1, last, MOST_KS)).astype(int))

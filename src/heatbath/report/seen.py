@@ -47,14 +47,15 @@ class Seen:
     right: Mapping[str, Counted] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, run: Run) -> Seen:
+    def of(cls, run: Run, samples: Rows | None = None) -> Seen:
+        """What a run holds; `samples` where they have been read already."""
         return cls(
             run.recipe,
             run.metrics("rl"),
             run.metrics("sft"),
             run.read_json("results.json") or {},
             run.read_json("surprise.json"),
-            counted(run.samples()),
+            counted(run.samples() if samples is None else samples),
         )
 
 

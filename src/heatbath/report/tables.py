@@ -74,6 +74,8 @@ def reading(difference: Mapping[str, Any]) -> str:
     """What a paired difference says, by whether its interval excludes 0, and the p corrected for all differences."""
     if difference["low"] is None:
         return "one problem decides nothing"
+    if doubtful(difference):
+        return f"not decided (p = {p_value(difference['p'])})"
     corrected = difference.get("p_holm")
     doubt = ", not after Holm" if corrected is not None and corrected > 0.05 else ""
     if difference["low"] > 0:
@@ -81,6 +83,18 @@ def reading(difference: Mapping[str, Any]) -> str:
     if difference["high"] < 0:
         return f"{difference['to']} is worse{doubt}"
     return "not decided by these data"
+
+
+def decided(difference: Mapping[str, Any]) -> bool:
+    """Whether the interval excludes 0 and the test, where there is one, agrees, before any correction."""
+    low, high = difference["low"], difference["high"]
+    return low is not None and (low > 0 or high < 0) and not doubtful(difference)
+
+
+def doubtful(difference: Mapping[str, Any]) -> bool:
+    """Whether the interval excludes 0 and the test does not agree: McNemar's, exact, asks more of few problems."""
+    low, high, p = difference["low"], difference["high"], difference.get("p")
+    return low is not None and (low > 0 or high < 0) and p is not None and p > 0.05
 
 
 def task_rows(tasks: Mapping[str, Any]) -> list[list[str]]:

@@ -108,6 +108,7 @@ def write_results(run: Run, recipe: Recipe, asked: list[Exam]) -> dict[str, Any]
             whole, partial = _sampled(rows, run.policies, exam)
             scores = scoring.summarise(whole, exam.k, votes=exam.kind != "code")
             found["incomplete"] += partial
+        scores["asked"] = " ".join(dict.fromkeys(row.id for row in exam.rows))  # the report leaves out what is not
         if exam.name == OWN_TEST:
             found |= scores
         elif scores["policies"]:

@@ -18,6 +18,7 @@ from heatbath.errors import RunError
 from heatbath.ideas.intervals import Crossed, Floats, crossed, holm
 from heatbath.ideas.passk import pass_at_k
 from heatbath.report import costs
+from heatbath.report.scores import scored
 from heatbath.run import OWN_TEST, Run
 from heatbath.stages import scoring
 
@@ -89,7 +90,7 @@ def _values(runs: Mapping[int, Run], task: str) -> Values:
         if part is None:
             continue
         for policy, scores in part["policies"].items():
-            problems, n, right = scoring.per_problem(run.samples(policy, task))
+            problems, n, right = scoring.per_problem(scored(run.samples(policy, task), results))
             if asked.setdefault(policy, problems) != problems:
                 raise RunError("the cells were not asked the same problems", str(run.folder), "evaluate them alike")
             ks = [int(k) for k in scores["pass"]]

@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from heatbath import samples
 from heatbath.data import rendering
 from heatbath.data.rows import Row
 from heatbath.engines.sampling import LeftOutError, Sampler, seed_of
@@ -158,13 +159,13 @@ def judge_answers(run: Run, recipe: Recipe, exam: Exam, policy: str, progress: P
             "text": j.text,
             "judge": found.judge,
             "prompts": found.prompts,
-            "of": _digest(answers[j.question][: j.turn]),
+            "of": digest(answers[j.question][: j.turn]),
         }
         for j in found.judgments
     ]
     path = run.folder / f"{JUDGMENTS}.jsonl"
     kept = [row for row in read_jsonl(path) if (row["task"], row["policy"]) != (exam.name, policy)]
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *rows]))
+    write_atomically(path, samples.lines([*kept, *rows]))
     return found
 
 
@@ -188,7 +189,7 @@ def _judged(run: Run, recipe: Recipe, exam: Exam, policy: str, given: Given) -> 
         row
         for row in read_jsonl(run.folder / f"{JUDGMENTS}.jsonl")
         if (row["task"], row["policy"]) == (exam.name, policy)
-        and row["of"] == _digest(texts.get(row["problem"], ())[: row["turn"]])
+        and row["of"] == digest(texts.get(row["problem"], ())[: row["turn"]])
         and (judge is None or (row["judge"], row["prompts"]) == (judge.model, prompts))
     ]
     if not rows:
@@ -287,5 +288,6 @@ def _endpoint(recipe: Recipe, run: Run | None) -> Endpoint:
     return Endpoint(judge.endpoint, judge.model, key_env=judge.key_env, cache=cache)
 
 
-def _digest(texts: Sequence[str]) -> str:
+def digest(texts: Sequence[str]) -> str:
+    """By which a judgment is known to be of these answers, the judged one last."""
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]

@@ -132,13 +132,15 @@ class ObjectiveMixin:
             self._sums[mode][name] += value  # stays on the device until the next log
 
     def carried(self) -> dict[str, Any]:
-        """What a resumed stage must know: what all ranks have summed since the last log, and PSFT's old policy."""
-        state: dict[str, Any] = {"sums": self._totals("train")}
+        """What a resumed stage must know: what all ranks have summed since the last log, in how many seconds, and
+        PSFT's old policy."""
+        state: dict[str, Any] = {"sums": self._totals("train"), "seconds": time.perf_counter() - self._window_started}
         return state | ({"old_policy": self._old.state()} if self._old is not None else {})
 
     def carry_on(self, state: dict[str, Any]) -> None:
         if self.is_world_process_zero():
             self._sums["train"].update(state["sums"])
+        self._window_started = time.perf_counter() - state.get("seconds", 0.0)  # earlier versions kept none
         if self._old is not None:
             self._old.load(state["old_policy"])
 
@@ -171,7 +173,9 @@ class ObjectiveMixin:
             prefix = "val/" if mode == "eval" else ""
             values = {prefix + name: value / supervised for name, value in totals.items()}
             if mode == "train":
-                values["tokens_per_second"] = tokens / (time.perf_counter() - self._window_started)
+                seconds = time.perf_counter() - self._window_started  # of all steps since the last log
+                values |= {"tokens_per_second": tokens / seconds, "step_seconds": seconds}
+                values |= {"tokens": tokens, "supervised_tokens": supervised}
                 values |= {key: logs[key] for key in ("learning_rate", "grad_norm") if key in logs}
                 self._window_started = time.perf_counter()
             else:
