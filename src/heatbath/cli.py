@@ -122,7 +122,7 @@ def evaluate(
 
 @app.command()
 def compare(
-    recipe: RecipeArgument,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, or RUN RUN …: runs that are there.")],
     overrides: Overrides = None,
     vary: Annotated[
         list[str] | None, typer.Option("--vary", help="key=value,value or strategy=name,name; may be repeated.")
@@ -143,9 +143,15 @@ def compare(
     _settle_libraries(verbose)
     from heatbath.progress import Progress
     from heatbath.recipe import comparison
+    from heatbath.run import is_run
     from heatbath.stages import compare as stage
     from heatbath.stages import grid
 
+    if is_run(Path(recipe)) and overrides and all(is_run(Path(each)) for each in overrides):
+        folders = [Path(recipe), *map(Path, overrides)]
+        found = stage.compare_runs(folders, baseline, out or Path("runs") / f"compare-{len(folders)}-runs")
+        typer.echo(jsonlib.dumps(found, ensure_ascii=False) if json else found["page"])
+        return
     numbers = grid.parse_seeds(seeds) if seeds is not None else None
     plan = grid.with_options(comparison(recipe), grid.parse_vary(vary or []), numbers, baseline)
     plan = plan.model_copy(update={"tune": None}) if no_tune else plan

@@ -125,6 +125,21 @@ def test_a_start_is_shared_by_settings_that_differ_after_it(study: Path) -> None
     assert "One seed" in (study / "lr" / "compare.md").read_text()
 
 
+def test_runs_that_are_there_make_the_same_table(study: Path) -> None:
+    """Grouped by what their recipes say: nobody names the settings."""
+    cells = " ".join(f"out/{name}/{seed}" for name in ("sft", "gift") for seed in (1, 0))
+    code, said = call(study, f"compare {cells} --baseline sft --out pair")
+    assert code == 0, said
+    told, whole = found(study / "pair"), found(study / "out")
+    assert told["settings"] == {name: whole["settings"][name] for name in ("sft", "gift")}
+    pair = [row for row in whole["differences"]["test"] if {row["from"], row["to"]} == {"sft", "gift"}]
+    assert [row["mean"] for row in told["differences"]["test"]] == [row["mean"] for row in pair]
+    code, said = call(study, "compare out/sft/0 alone-not-there")
+    assert code == 2 and "override" in said
+    code, said = call(study, "compare out/sft/0 out/sft/0 --out twice")
+    assert code == 2 and "the same seed" in said
+
+
 def test_a_second_time_nothing_is_done_again(study: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (study / "out").glob("*/*/**/*") if p.is_file()}
     done = compare(study, "--out", "out")

@@ -149,6 +149,30 @@ def summary_of(comparison: Comparison) -> dict[str, Any]:
     return {**facts, "vary": comparison.plan.vary, "cells": asked, "tuned": tuned, **found}
 
 
+def compare_runs(folders: Sequence[Path], baseline: str | None, out: Path) -> dict[str, Any]:
+    """The page of runs that are there already, whoever made them: runs whose recipes differ in the seed alone are one
+    setting. Raises RecipeError for two runs of one setting and seed, and RunError for one without results."""
+    from heatbath.report.grid_page import write_page
+    from heatbath.stages import grid_summary
+
+    runs: dict[str, dict[int, Run]] = {}
+    for name, run in grid.named_runs([Run.read(folder) for folder in folders]):
+        if not run.finished("eval"):
+            raise RunError("the run has no results", str(run.folder), f"heatbath eval {run.folder}")
+        own = runs.setdefault(name, {})
+        if run.recipe.seed in own:
+            where = f"{own[run.recipe.seed].folder} and {run.folder}"
+            raise RecipeError("two runs of the same recipe with the same seed", where, "give one of them")
+        own[run.recipe.seed] = run
+    if baseline is not None and baseline not in runs:
+        raise RecipeError(f"no setting is called '{baseline}'", "--baseline", f"one of {', '.join(runs)}")
+    found = grid_summary.summarise(runs, baseline)
+    seeds = sorted({seed for own in runs.values() for seed in own})
+    facts = {"recipe": "", "overrides": [], "seeds": seeds, "vary": {}, "cells": len(folders), "tuned": None}
+    out.mkdir(parents=True, exist_ok=True)
+    return {"page": str(write_page({**facts, **found}, out)["html"]), **facts, **found}
+
+
 def _numbered(comparison: Comparison, only: Sequence[int]) -> set[Path]:
     every = comparison.every()
     if wrong := next((number for number in only if not 1 <= number <= len(every)), None):

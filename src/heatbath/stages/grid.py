@@ -193,6 +193,19 @@ def candidates(found: dict[Cell, float | None]) -> dict[str, str]:
     return {name: max(tried, key=lambda trial: tried[trial]) for name, tried in means.items()}
 
 
+def named_runs(runs: Sequence[Run]) -> list[tuple[str, Run]]:
+    """Each run with the name of its setting: its strategy, and the keys in which recipes of one strategy differ, but
+    for the seed."""
+    flat = [recipes.flat(run.recipe.model_dump(mode="json")) for run in runs]
+    named = []
+    for run, own in zip(runs, flat, strict=True):
+        alike = [other for other in flat if other.get("name") == own.get("name")]
+        keys = sorted({key for other in alike for key in other | own if other.get(key) != own.get(key)} - {"seed"})
+        differing = [f"{key.rpartition('.')[2]}={_shown(own[key])}" for key in keys if own.get(key) is not None]
+        named.append((" ".join([*([own["name"]] if own.get("name") else []), *differing]) or "recipe", run))
+    return named
+
+
 def parse_vary(texts: Sequence[str]) -> Grid:
     """`key=a,b,c` or `key=[…]` in TOML, by key. Raises RecipeError."""
     found: Grid = {}
