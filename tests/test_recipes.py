@@ -20,7 +20,8 @@ MINIMAL = {"model": "m", "data": {"source": "arithmetic"}}
 def test_every_shipped_recipe_loads_by_name_and_by_path(name: str) -> None:
     path = shipped()[name]
     assert load(name) == load(path)
-    assert path.read_text().startswith(f"# heatbath run recipes/{name}.toml"), "the first line is the command"
+    commands = (f"# heatbath run recipes/{name}.toml", f"# heatbath compare {name} ")
+    assert path.read_text().startswith(commands), "the first line is the command"
 
 
 def test_defaults_are_the_papers() -> None:
@@ -101,6 +102,30 @@ def test_overrides(tmp_path: Path) -> None:
     for wrong in ("sft.lr", "=3", "model.name=x"):
         with pytest.raises(RecipeError):
             load(path, [wrong])
+
+
+def test_a_recipe_may_extend_another(tmp_path: Path) -> None:
+    (tmp_path / "under.toml").write_text(
+        'model = "m"\nseed = 3\n[data]\nsource = "arithmetic"\n[sft]\nobjective = { name = "gift", beta = 9 }\n'
+        "lr = 1e-3\n[rl]\n[compare]\nseeds = [7]\n[strategies.mine]\nsft.lr = 5e-3\n"
+    )
+    over = tmp_path / "over.toml"
+    over.write_text('extends = "under.toml"\nrl = false\n[sft]\nepochs = 2\n[strategies.mine]\nseed = 4\n')
+    made = load(over)
+    assert (made.model, made.seed, made.rl, made.sft.epochs, made.sft.lr) == ("m", 3, None, 2, 1e-3)
+    assert made.sft.objective.hyper == {"beta": 9} and recipes.comparison(over).seeds == [7]
+    mine = load(over, ["strategy=mine"])
+    assert (mine.seed, mine.sft.lr) == (4, 5e-3)
+    over.write_text('extends = "under.toml"\n[compare]\nbaseline = "x"\n')
+    assert (recipes.comparison(over).seeds, recipes.comparison(over).baseline) == ([0, 1, 2], "x")
+    over.write_text('extends = "smoke"\nseed = 5\n')
+    assert load(over) == load("smoke", ["seed=5"])
+    over.write_text('extends = "over.toml"\n')
+    with pytest.raises(RecipeError, match="extends itself"):
+        load(over)
+    over.write_text('extends = "smok"\n')
+    with pytest.raises(RecipeError, match="did you mean 'smoke'"):
+        load(over)
 
 
 def test_missing_and_broken_files_are_told(tmp_path: Path) -> None:

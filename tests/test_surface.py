@@ -115,6 +115,7 @@ KEYS = [
     "eval.tasks.top_p",
     "eval.temperature",
     "eval.top_p",
+    "extends",
     "lora.alpha",
     "lora.dropout",
     "lora.rank",
@@ -208,6 +209,8 @@ KEYS = [
     "sft.truncate",
     "sft.warmup_steps",
     "sft.weight_decay",
+    "strategies",
+    "strategy",
     "template",
 ]
 PUBLIC = [

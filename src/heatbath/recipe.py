@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from heatbath.compare_sections import Compare
 from heatbath.errors import RecipeError
 from heatbath.sections import RL, SFT, AnyData, Eval, Recipe, contradictions
-from heatbath.strategies import STRATEGIES, lay
+from heatbath.strategies import STRATEGIES, lay, over
 
 __all__ = ["RL", "SFT", "Compare", "Eval", "Recipe", "as_toml", "changes", "comparison", "copy", "find", "load"]
 __all__ += ["parse", "shipped", "surface"]
@@ -68,15 +68,24 @@ def strategies_of(path: str | Path) -> list[str]:
     return list(dict.fromkeys([*own, *STRATEGIES]))
 
 
-def _read(file: Path, path: str | Path) -> dict[str, Any]:
+def _read(file: Path, path: str | Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tables of a file, laid over those of a recipe that it `extends`; of [compare] only the nearest counts."""
+    if file.resolve() in below:
+        raise RecipeError("the recipe extends itself", str(path), "name another one in extends")
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"cannot read the recipe: {error}", str(path), "heatbath recipes lists the shipped ones"
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"not valid TOML: {error}", str(file), "see https://toml.io") from None
+    parent = table.pop("extends", None)
+    if parent is None:
+        return table
+    beside = file.parent / str(parent)
+    under = _read(beside if beside.is_file() else find(str(parent)), str(parent), (*below, file.resolve()))
+    return over(under, table) | {key: table[key] for key in ("compare",) if key in table}
 
 
 def parse(table: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -248,7 +257,7 @@ def _did_you_mean(path: list[Any], location: tuple[Any, ...]) -> str:
 
 def surface() -> list[str]:
     """Every key a recipe may hold, sorted; an objective's hyper-parameters are its own."""
-    keys: set[str] = set()
+    keys = {"extends", "strategy", "strategies"}
 
     def walk(model: type[BaseModel], prefix: str) -> None:
         for name, info in model.model_fields.items():

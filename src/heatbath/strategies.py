@@ -72,11 +72,15 @@ def lay(table: dict[str, Any], name: str, own: Mapping[str, Any]) -> dict[str, A
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"one of {', '.join(known)}, or a [strategies.{name}] table"
         raise RecipeError(f"no strategy is called '{name}'", "strategy", hint)
-    laid = copy.deepcopy(table)
     for layer in (STRATEGIES[name].tables if name in STRATEGIES else {}, own.get(name, {})):
-        for stage in [key for key, value in layer.items() if value is False]:
-            laid.pop(stage, None)
-        _merge(laid, {key: value for key, value in layer.items() if value is not False})
+        table = over(table, layer)
+    return table
+
+
+def over(table: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer's tables over a recipe's, key by key; a stage that is false there is left out."""
+    laid = copy.deepcopy({key: value for key, value in table.items() if layer.get(key) is not False})
+    _merge(laid, {key: value for key, value in layer.items() if value is not False})
     return laid
 
 
