@@ -23,7 +23,7 @@ demo: $(READY)
 
 test: $(READY_DEV)
 	@sh tests/system-packages.sh
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY_DEV)
 	@sh tests/system-packages.sh

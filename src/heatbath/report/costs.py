@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from heatbath.run import CHECKPOINTS, Run
@@ -10,21 +11,39 @@ from heatbath.run import CHECKPOINTS, Run
 Rows = Sequence[Mapping[str, Any]]
 
 
-def stage_rows(run: Run, samples: Rows) -> list[list[str]]:
-    """Header and one row per stage that has logged something: steps, seconds, tokens, tokens per second."""
-    rows = [["stage", "steps", "seconds", "tokens", "tokens per second"]]
+@dataclass(frozen=True)
+class Cost:
+    """What a stage took; 0 where it is not known. `shown` are its tokens as text."""
+
+    stage: str
+    steps: int
+    seconds: float
+    tokens: float
+    shown: str
+
+
+def costs(run: Run, samples: Rows) -> list[Cost]:
+    """Of every stage that has logged something; what was taken over from another run counts as this one's own."""
+    found = []
     for stage in CHECKPOINTS:
         logged = run.metrics(stage)
         steps = max((row["step"] for row in logged), default=0)
-        if not steps:
-            continue
-        seconds = spent(logged)
-        tokens, shown = _sampled(run, logged) if stage == "rl" else _read(logged, seconds)
-        speed = "–" if not seconds or not tokens else f"{tokens / seconds:,.0f}"
-        rows.append([stage, f"{steps:,}", f"{seconds:,.0f}" if seconds else "–", shown, speed])
+        if steps:
+            seconds = spent(logged)
+            tokens = _sampled(run, logged) if stage == "rl" else _read(logged, seconds)
+            found.append(Cost(stage, steps, seconds, *tokens))
     if samples:
         tokens = sum(row["tokens"] for row in samples)
-        rows.append(["eval", "–", "–", f"{tokens:,}", "–"])
+        found.append(Cost("eval", 0, 0.0, tokens, f"{tokens:,}"))
+    return found
+
+
+def stage_rows(run: Run, samples: Rows) -> list[list[str]]:
+    """Header and one row per stage: steps, seconds, tokens, tokens per second."""
+    rows = [["stage", "steps", "seconds", "tokens", "tokens per second"]]
+    for c in costs(run, samples):
+        speed = f"{c.tokens / c.seconds:,.0f}" if c.seconds and c.tokens else "–"
+        rows.append([c.stage, *(f"{x:,.0f}" if x else "–" for x in (c.steps, c.seconds)), c.shown, speed])
     return rows
 
 

@@ -213,20 +213,12 @@ def cost(runs: Mapping[int, Run]) -> dict[str, dict[str, float]]:
     """Stage → mean seconds and tokens of a cell; what a cell took over from another counts as its own."""
     found: dict[str, list[tuple[float, float]]] = {}
     for run in runs.values():
-        samples = run.samples()
-        for stage, _, seconds, tokens, _ in costs.stage_rows(run, samples)[1:]:
-            found.setdefault(stage, []).append((_number(seconds), _number(tokens)))
+        for spent in costs.costs(run, run.samples()):
+            found.setdefault(spent.stage, []).append((spent.seconds, spent.tokens))
     return {
         stage: {"seconds": float(np.mean([s for s, _ in own])), "tokens": float(np.mean([t for _, t in own]))}
         for stage, own in found.items()
     }
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text.replace("≈", "").replace(",", ""))
-    except ValueError:
-        return 0.0
 
 
 def _informative(run: Run) -> float | None:
