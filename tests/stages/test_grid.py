@@ -268,6 +268,21 @@ def test_cells_that_were_asked_other_problems_are_not_averaged(tmp_path: Path) -
         grid_summary.summarise({"x": {0: a, 1: b}}, None)
 
 
+@pytest.mark.parametrize(
+    ("own", "step"),
+    [
+        ([0.1, 0.3, 0.5, 0.7], 2.0),
+        ([0.1, 0.5, 0.3, 0.7], 3.0),  # ahead once is not ahead for good
+        ([0.5, 0.6, 0.7, 0.8], None),  # it never was behind
+        ([0.1, 0.5, 0.6, 0.2], None),
+        ([0.1], None),
+    ],
+)
+def test_a_curve_passes_another_once_and_for_good(own: list, step: float | None) -> None:
+    other = [[float(i), [0.3, 0.5]] for i in range(4)]
+    assert grid_summary.crossing([[float(i), [value]] for i, value in enumerate(own)], other) == step
+
+
 def test_curves_hold_the_steps_that_all_seeds_have(tmp_path: Path) -> None:
     runs = {seed: written(tmp_path / str(seed), {"base": 1}) for seed in (0, 1)}
     for seed, run in runs.items():

@@ -50,7 +50,7 @@ def gather(found: Found, name: str) -> dict[str, Any]:
             }
             for i, task in enumerate(tasks)
         ],
-        "starts": start_rows(there),
+        "starts": start_rows(there, str(found["baseline"])),
         "curves": [Markup(drawn) for drawn in grid_figures.curves(there, found["baseline"])],
         "validation": [Markup(drawn) for drawn in grid_figures.validation(there)],
         "shift": shift_rows(there),
@@ -95,15 +95,18 @@ def difference_rows(found: Sequence[Found]) -> list[list[str]]:
     return rows
 
 
-def start_rows(settings: Mapping[str, Found]) -> list[list[str]]:
-    """Header and a row per setting: what was known of its start before RL."""
-    rows = [["setting", "informative groups at the start", "validation NLL, last epoch", "cut of its end's answers"]]
+def start_rows(settings: Mapping[str, Found], baseline: str) -> list[list[str]]:
+    """Header and a row per setting: its start before RL, and where its curve passes the baseline's."""
+    passes = f"passes {baseline} at step"
+    rows = [["setting", "informative groups", "validation NLL, last epoch", "cut answers at the end", passes]]
+    reference = settings[baseline]["curve"] if baseline in settings else []
     for name, own in settings.items():
         ready = [share for share in own["readiness"] if share is not None]
         nll = own["validation"][-1][1] if own["validation"] else []
         cut = own["truncated"].get(own["last"])
         told = [f"{np.mean(x):.3f}" if len(x) else MISSING for x in (ready, nll)]
-        rows.append([name, *told, MISSING if cut is None else f"{cut:.1%}"])
+        step = grid_summary.crossing(own["curve"], reference)
+        rows.append([name, *told, MISSING if cut is None else f"{cut:.1%}", MISSING if step is None else f"{step:g}"])
     return rows
 
 

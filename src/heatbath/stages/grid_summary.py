@@ -197,6 +197,17 @@ def curves(runs: Mapping[int, Run], stage: str, column: str) -> list[list[Any]]:
     return [[step, [one[step] for one in found]] for step in steps]
 
 
+def crossing(own: Sequence[Any], other: Sequence[Any]) -> float | None:
+    """The step of RL from which on the mean curve of one setting stays above the other's, having begun below; None
+    where it does not. `own` and `other` are curves, whose shared steps count."""
+    means = {step: float(np.mean(values)) for step, values in other}
+    ahead = [(step, float(np.mean(values)) - means[step]) for step, values in own if step in means]
+    if len(ahead) < 2 or ahead[0][1] >= 0 or ahead[-1][1] <= 0:
+        return None
+    behind = max(i for i, (_, gap) in enumerate(ahead) if gap <= 0)
+    return float(ahead[behind + 1][0])
+
+
 def shifts(runs: Mapping[int, Run]) -> dict[str, dict[str, list[float]]]:
     """Transition → measure → the mean over sequences in every seed that has measured it; top-K overlaps by their K."""
     out: dict[str, dict[str, list[float]]] = {}
