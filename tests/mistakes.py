@@ -128,6 +128,18 @@ def recipe(title: str, change: str, *says: str) -> Mistake:
     return Mistake(title, f"run r.toml {change} --dry-run", says, {"r.toml": RECIPE})
 
 
+def compared(title: str, options: str, *says: str) -> Mistake:
+    """A comparison that its options make wrong."""
+    return Mistake(title, f"compare r.toml {options} --dry-run", says, {"r.toml": RECIPE})
+
+
+TUNE = """
+[compare.tune]
+grid = { "sft.lr" = [1e-3, 1e-4] }
+grids = { dft = { "sft.lr" = [1e-3, 1e-4, 1e-5] } }
+"""
+
+
 def spoil_tokenizer(folder: Path) -> None:
     """A tokenizer that knows one more token than the model."""
     from transformers import AutoTokenizer
@@ -509,6 +521,20 @@ SECTIONS: dict[str, list[Mistake]] = {
                 "mine.toml": 'name = "mine"\nkind = "judge"\nfile = "mine.jsonl"\n',
                 "mine.jsonl": demos({"question_id": 1, "category": "writing", "turns": ["Write.", "Again."]}),
             },
+        ),
+    ],
+    "Comparisons": [
+        compared(
+            "A misspelt strategy", "--vary strategy=sft,gfit", "no strategy is called 'gfit'", "did you mean 'gift'"
+        ),
+        compared("A key that is none", "--vary sft.lrr=1e-3,1e-4", "sft.lrr: unknown key", "did you mean 'lr'"),
+        compared("The same value twice", "--vary sft.lr=1e-3,0.001", "sft.lr has 0.001 twice"),
+        compared("A baseline that is not compared", "--vary strategy=sft,dft --baseline gift", "one of sft, dft"),
+        Mistake(
+            "More trials for one strategy than for another",
+            "compare r.toml --vary strategy=sft,dft --dry-run",
+            ("'dft' has 3 trials and the others 2", "give all the same number"),
+            {"r.toml": RECIPE + TUNE},
         ),
     ],
 }
