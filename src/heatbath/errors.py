@@ -33,3 +33,7 @@ class DataError(HeatbathError):
 
 class RunError(HeatbathError):
     """A stage could not start or finish; what it had written is still there."""
+
+
+class BusyError(RunError):
+    """Another process is at work on the same run."""

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from heatbath import recipe as recipes
 from heatbath import samples
-from heatbath.errors import RecipeError, RunError
+from heatbath.errors import BusyError, RecipeError, RunError
 from heatbath.recipe import Recipe
 
 # A recipe has [preference] or [rl], never both.
@@ -76,13 +76,13 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else may work on the folder meanwhile. Raises RunError when somebody does."""
+        """Nobody else may work on the folder meanwhile. Raises BusyError when somebody does."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / ".lock", timeout=0):
                 yield
         except Timeout:
-            raise RunError(
+            raise BusyError(
                 "another process is working on this run", str(self.folder), "wait for it, or choose another --out"
             ) from None
 

@@ -234,7 +234,7 @@ def test_a_failed_cell_is_told_and_the_others_go_on(study: Path) -> None:
     (study / "fail" / "sft" / "0").mkdir(parents=True)
     (study / "fail" / "sft" / "0" / "mine.txt").write_text("somebody's own")
     done = compare(study, "--seeds", "0", "--jobs", 2, "--out", "fail")
-    assert done.returncode == 1 and "1 cells failed" in done.stderr
+    assert done.returncode == 1 and "1 cell failed" in done.stderr
     assert "sft seed 0: the output folder exists and holds something else than a run" in done.stderr
     assert (study / "fail" / "sft" / "0" / "mine.txt").read_text() == "somebody's own"
     told = found(study / "fail")["settings"]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from heatbath.compare_sections import Compare
-from heatbath.errors import HeatbathError, RecipeError, RunError
+from heatbath.errors import BusyError, HeatbathError, RecipeError, RunError
 from heatbath.opening import Opening, open_run
 from heatbath.progress import Progress
 from heatbath.recipe import Recipe, strategies_of
@@ -63,6 +63,11 @@ class Comparison:
         found: dict[str, list[str]] = json.loads(path.read_text())["overrides"]
         return found
 
+    @property
+    def tuned(self) -> bool:
+        """Whether nothing is left to be settled by tuning."""
+        return self.plan.tune is None or set(grid.settings(self.plan.vary)) <= set(self.chosen())
+
     def every(self) -> list[Cell]:
         return [*self.tuning(), *self.cells()]
 
@@ -86,14 +91,15 @@ def run_compare(
     if comparison.plan.tune is not None and not failed:
         _choose(comparison, only, progress)
     cells = [cell for cell in comparison.cells() if only == () or cell.folder in wanted]
-    if comparison.plan.tune is None or comparison.chosen():
+    if comparison.tuned:
         failed |= _run_all(comparison, cells, jobs, "cells", progress)
     written = write_page(summary_of(comparison), comparison.out)
     progress.say(f"page: {written['html']}")
     if failed:
-        listed = "".join(f"\n  - {cell.name}: {why}" for cell, why in failed.items())
+        told = "".join(f"\n  - {cell.name}: {why}" for cell, why in failed.items())
+        count = f"{len(failed)} cell{'s' * (len(failed) > 1)}"
         where = str(log_of(next(iter(failed))))
-        raise RunError(f"{len(failed)} cells failed:{listed}", where, "mend what it says; the same command goes on")
+        raise RunError(f"{count} failed:{told}", where, "mend what it says; the same command goes on")
     found: dict[str, Any] = json.loads(written["json"].read_text())
     return found
 
@@ -104,10 +110,7 @@ def check(comparison: Comparison) -> dict[Cell, Recipe]:
     from heatbath.stages import pipeline
 
     recipes = grid.require(comparison.plan, comparison.path, comparison.every(), strategies_of(comparison.path))
-    told = set()
     for cell, recipe in recipes.items():
-        if recipe.preference is None and recipe.rl is None and recipe.sft is None and not recipe.eval.tasks:
-            told.add(cell.setting)
         if cell.seed == comparison.plan.seeds[0] and not cell.trial:
             pipeline.check(recipe, pipeline.stages_of(recipe))
     return recipes
@@ -128,9 +131,8 @@ def listed(comparison: Comparison) -> list[dict[str, Any]]:
 def shown(cells: Sequence[dict[str, Any]]) -> str:
     """The list as text."""
     lines = [f"{c['number']:4} {c['state']:6} {c['cell']:40} {c['folder']}" for c in cells]
-    return "\n".join(
-        [*lines, "--cell NUMBER runs one; or by itself, for example the last:", shlex.join(cells[-1]["command"])]
-    )
+    told = "--cell NUMBER runs one; or by itself, for example the last:"
+    return "\n".join([*lines, told, shlex.join(cells[-1]["command"])])
 
 
 def summary_of(comparison: Comparison) -> dict[str, Any]:
@@ -236,7 +238,7 @@ def _run_all(
         return {}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    siblings = [cell.folder for cell in comparison.every()]
+    every = comparison.every()
     running: dict[BaseProcess, tuple[Cell, int]] = {}
     failed: dict[Cell, str] = {}
     busy: dict[Cell, float] = {}
@@ -248,6 +250,7 @@ def _run_all(
             while todo and len(running) < jobs:
                 cell = todo.pop(0)
                 slot = min(set(range(jobs)) - {used for _, used in running.values()})
+                siblings = [other.folder for other in every if other.seed == cell.seed]  # others share nothing
                 arguments = (comparison.path, cell, siblings, slot, jobs, comparison.plan.shift)
                 process = context.Process(target=run_cell, args=arguments, name=cell.name)
                 process.start()
@@ -336,10 +339,8 @@ def _work(recipe: Recipe, cell: Cell, siblings: Sequence[Path], shift: bool) -> 
             if shift and len(run.policies) > 1:
                 _measure_shift(run, progress)
             (cell.folder / UNMEASURED).unlink(missing_ok=True)
-    except RunError as error:
-        if "another process" in str(error):
-            return BUSY
-        raise
+    except BusyError:
+        return BUSY
     return DONE
 
 
