@@ -150,6 +150,20 @@ def test_the_page_of_a_comparison_fits_and_can_be_read(width: int, scheme: str, 
     assert page.locator("main img").count() == 0 and page.locator("figure svg").count() >= 8
 
 
+def test_the_figures_of_a_comparison_stand_alone(grid: Path, chromium: Browser) -> None:
+    """A file of its own: no colour is that of a page that is not there, and it can be drawn."""
+    figures = sorted((grid.parent / "figures").glob("*.svg"))
+    names = ["overlaps-1", "overlaps-2", "overlaps-3", "test-differences", "test-over", "test-pass@1"]
+    assert [path.stem for path in figures] == [*names, "test-pass@8"]
+    page = chromium.new_page()
+    for path in figures:
+        text = path.read_text()
+        assert "var(" not in text and "onerror" not in text.replace("&lt;img src=x onerror", "")
+        page.goto(path.as_uri())
+        assert page.evaluate("document.documentElement.getBoundingClientRect().width") > 100
+    page.close()
+
+
 @pytest.mark.parametrize("which", ["one", "four"])
 def test_nothing_that_a_model_or_a_user_wrote_becomes_html(which: str, opened, request) -> None:
     page = opened(request.getfixturevalue(which))

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
 from typing import Any
 
 import matplotlib
@@ -136,6 +137,16 @@ def svg(figure: Figure, description: str) -> str:
     for colour, name in VARIABLES.items():
         text = text.replace(colour, f"var(--{name})")
     return text.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
+
+
+def standalone(drawn: str) -> str:
+    """The figure as a file of its own, in the page's light colours on its paper."""
+    style = files("heatbath.report").joinpath("style.css").read_text("utf-8")
+    light = dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]+)", style.partition("@media")[0]))
+    text = re.sub(r"var\(--([a-z0-9-]+)\)", lambda found: light[found[1]], drawn)
+    whole = '<rect width="100%" height="100%" fill="' + light["paper"] + '"/>'
+    text = re.sub(r"(<svg [^>]*>)", lambda found: found[1] + whole, text, count=1)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + text
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> tuple[list[float], list[float]]:

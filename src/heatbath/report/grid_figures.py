@@ -17,19 +17,25 @@ Found = Mapping[str, Any]
 MOST_CURVES = 6  # lines that can be told apart
 
 
-def of_task(found: Found, settings: Mapping[str, Found], task: str) -> list[str]:
-    """Start and end of every setting at the smallest and the largest k, and the differences to the baseline."""
+def of_task(found: Found, settings: Mapping[str, Found], task: str) -> dict[str, str]:
+    """Name → figure: start and end of every setting at the smallest and the largest k, both over a varied number, and
+    the differences to the baseline."""
     ks = sorted({int(k) for own in settings.values() for scores in own["tasks"].get(task, {}).values() for k in scores})
-    drawn = [starts_and_ends(settings, task, k) for k in dict.fromkeys([ks[0], ks[-1]])]
-    drawn += over_values(found, task)
+    drawn = {f"pass@{k}": starts_and_ends(settings, task, k) for k in dict.fromkeys([ks[0], ks[-1]])}
+    drawn |= numbered("over", over_values(found, task))
     groups: dict[str, list[tuple[str, Any, str]]] = {}
     for row in found["differences"][task]:
         if row["to_baseline"] and row["low"] is not None:
             groups.setdefault(f"pass@{row['k']}", []).append((row["to"], row, POLICY_LOOKS["final"].colour))
     if groups:
         said = f"difference to {found['baseline']}"
-        drawn.append(forest(groups, said, f"{said} after the last stage, 95 % intervals ({task})"))
+        drawn["differences"] = forest(groups, said, f"{said} after the last stage, 95 % intervals ({task})")
     return drawn
+
+
+def numbered(name: str, drawn: Sequence[str]) -> dict[str, str]:
+    """`name` → the figure; of several `name-1`, `name-2`, …"""
+    return {name if len(drawn) == 1 else f"{name}-{i}": one for i, one in enumerate(drawn, 1)}
 
 
 def starts_and_ends(settings: Mapping[str, Found], task: str, k: int) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from heatbath.report import grid_figures, tables
+from heatbath.report.drawing import standalone
 from heatbath.report.page import paths_of
 from heatbath.report.rendering import rendered
 from heatbath.run import OWN_TEST, write_atomically
@@ -21,10 +22,14 @@ Found = Mapping[str, Any]
 
 
 def write_page(found: Found, folder: Path) -> dict[str, Path]:
-    """Writes compare.html, compare.md and compare.json into the folder; returns their paths."""
+    """Writes compare.html, compare.md and compare.json into the folder, and the figures one by one into figures/;
+    returns the paths of the three."""
     paths = paths_of(folder / "compare.html")
     write_atomically(paths["json"], json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     values = gather(found, folder.name)
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, drawn in values["figures"].items():
+        write_atomically(folder / "figures" / f"{name}.svg", standalone(drawn))
     write_atomically(paths["md"], markdown(values))
     write_atomically(paths["html"], rendered("grid.html", values))
     return paths
@@ -35,26 +40,34 @@ def gather(found: Found, name: str) -> dict[str, Any]:
     done = {setting: len(own["seeds"]) for setting, own in found["settings"].items()}
     there = {setting: own for setting, own in found["settings"].items() if own["seeds"]}
     tasks = [task for task in found["differences"] if any(task in own["tasks"] for own in there.values())]
+    titles = {task: "Held-out problems" if task == OWN_TEST else task for task in tasks}
+    drawn = {task: grid_figures.of_task(found, there, task) for task in tasks}
+    beside = {
+        "curves": grid_figures.curves(there, found["baseline"]),
+        "validation": grid_figures.validation(there),
+        "overlaps": grid_figures.overlaps(there),
+    }
+    files = {f"{task.rpartition('/')[2]}-{name}": one for task in tasks for name, one in drawn[task].items()}
+    for part, figures in beside.items():
+        files |= grid_figures.numbered(part, figures)
     return {
         "title": f"{len(done)} settings × {len(found['seeds'])} seeds: {name}",
         "subtitle": f"{found['recipe']} {' '.join(found['overrides'])}".strip() + f" · {_state(found, done)}",
-        "verdicts": {task: grid_summary.verdict(found, task) for task in tasks},
         "tasks": [
             {
                 "id": f"task-{i}",
-                "title": "Held-out problems" if task == OWN_TEST else task,
+                "title": titles[task],
                 "rows": score_rows(there, task),
                 "differences": difference_rows(found["differences"][task]),
-                "figures": [Markup(drawn) for drawn in grid_figures.of_task(found, there, task)],
+                "figures": [Markup(one) for one in drawn[task].values()],
                 "verdict": grid_summary.verdict(found, task),
             }
             for i, task in enumerate(tasks)
         ],
+        "figures": files,
+        **{part: [Markup(one) for one in figures] for part, figures in beside.items()},
         "starts": start_rows(there, str(found["baseline"])),
-        "curves": [Markup(drawn) for drawn in grid_figures.curves(there, found["baseline"])],
-        "validation": [Markup(drawn) for drawn in grid_figures.validation(there)],
         "shift": shift_rows(there),
-        "overlaps": [Markup(drawn) for drawn in grid_figures.overlaps(there)],
         "costs": cost_rows(there),
         "tuned": tuned_rows(found["tuned"]) if found.get("tuned") else [],
         "caveats": caveats(found, there),
