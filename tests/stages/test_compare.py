@@ -1,5 +1,6 @@
 """`heatbath compare` as a user runs it: real cells, shared work, kills, failures, and a table that can be checked."""
 
+import contextlib
 import json
 import os
 import random
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 
 from heatbath import samples
+from heatbath.recipe import comparison
+from heatbath.stages.compare import Comparison, listed
 from mistakes import call
 
 RECIPE = """
@@ -61,17 +64,20 @@ overrides = { "rl.max_steps" = 1 }
 """
 
 
-def compare(folder: Path, *arguments: object, timeout: float = 300) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "heatbath", "compare", "study.toml", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout, env=os.environ)
+def compare(folder: Path, *arguments: object) -> str:
+    """What `heatbath compare study.toml …` says in that folder, where it succeeds."""
+    code, said = call(folder, " ".join(["compare study.toml", *map(str, arguments)]))
+    assert code == 0, said
+    return said
 
 
 @pytest.fixture(scope="module")
 def study(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished comparison of three settings and two seeds."""
+    """A folder with a finished comparison of three settings and two seeds, by a process of its own."""
     folder = tmp_path_factory.mktemp("compare")
     (folder / "study.toml").write_text(RECIPE.format(base=small_base))
-    done = compare(folder, "--jobs", 2, "--json", "--out", "out")
+    command = [sys.executable, "-m", "heatbath", "compare", "study.toml", "--jobs", "2", "--json", "--out", "out"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((folder / "out" / "compare.json").read_text())
     return folder
@@ -114,8 +120,7 @@ def test_what_cells_have_in_common_is_made_once(study: Path) -> None:
 
 
 def test_a_start_is_shared_by_settings_that_differ_after_it(study: Path) -> None:
-    done = compare(study, "strategy=sft", "--vary", "rl.lr=1e-3,1e-4", "--seeds", "0", "--out", "lr")
-    assert done.returncode == 0, done.stderr
+    compare(study, "strategy=sft", "--vary rl.lr=1e-3,1e-4", "--seeds 0", "--out lr")
     weights = [
         study / "lr" / name / "0" / "checkpoints" / "init" / "model.safetensors" for name in ("lr=0.001", "lr=0.0001")
     ]
@@ -142,43 +147,36 @@ def test_runs_that_are_there_make_the_same_table(study: Path) -> None:
 
 def test_a_second_time_nothing_is_done_again(study: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (study / "out").glob("*/*/**/*") if p.is_file()}
-    done = compare(study, "--out", "out")
-    assert done.returncode == 0 and "3 settings × 2 seeds" in done.stdout
+    said = compare(study, "--out out")
+    assert "cells" not in said.splitlines()
     assert {p: p.stat().st_mtime_ns for p in (study / "out").glob("*/*/**/*") if p.is_file()} == before
 
 
 def test_a_cell_by_itself_is_the_same_cell(study: Path) -> None:
-    code, _ = call(study, "compare study.toml --out out --dry-run --json")
-    assert code == 0
-    done = compare(study, "--out", "out", "--dry-run", "--json")
-    cells = json.loads(done.stdout)
+    compare(study, "--out out --dry-run")
+    asked = Comparison("study.toml", comparison(study / "study.toml"), (), Path("out"))
+    with contextlib.chdir(study):
+        cells = listed(asked)
     assert [cell["state"] for cell in cells] == ["done"] * 6 and [cell["number"] for cell in cells] == list(range(1, 7))
-    command = [sys.executable, "-m", *cells[2]["command"]]
-    command[-1] = "alone"
-    again = subprocess.run([*command, "--json"], cwd=study, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stderr
+    command = cells[2]["command"]
+    code, said = call(study, " ".join([*command[1:-1], "alone"]))
+    assert code == 0, said
     cell = json.loads((study / cells[2]["folder"] / "results.json").read_text())
     assert json.loads((study / "alone" / "results.json").read_text()) == cell
-
-
-def scores(folder: Path) -> dict:
-    """All that a comparison says, but what depends on the clock."""
-    told = found(folder)
-    for own in told["settings"].values():
-        own.pop("cost")
-    return told
 
 
 def test_a_comparison_killed_anywhere_ends_as_if_it_had_not_been(study: Path) -> None:
     """kill -9 of every process of it at random moments, until it is through."""
     draw, kills = random.Random(7), 0
-    command = [sys.executable, "-m", "heatbath", "compare", "study.toml", "--jobs", "2", "--out", "killed", "--json"]
+    command = [sys.executable, "-m", "heatbath", "compare", "study.toml", "--seeds", "0", "--out", "killed", "--json"]
     for attempt in range(12):
         process = subprocess.Popen(
             command, cwd=study, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
+        while attempt < 4 and not list((study / "killed").glob("*/*.log")) and process.poll() is None:
+            time.sleep(0.1)  # until the first cell has begun
         try:
-            process.wait(draw.uniform(6, 14) if attempt < 3 else 300)
+            process.wait(draw.uniform(0, 8) if attempt < 4 else 300)
             break
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
@@ -186,7 +184,13 @@ def test_a_comparison_killed_anywhere_ends_as_if_it_had_not_been(study: Path) ->
             kills += 1
             time.sleep(0.2)
     assert process.returncode == 0 and kills >= 2
-    assert scores(study / "killed") == scores(study / "out")
+    ours, theirs = (found(study / out)["settings"] for out in ("killed", "out"))
+    for name in ("direct-rl", "sft", "gift"):
+        for file in ("results.json", "readiness.json"):
+            one, other = (json.loads((study / out / name / "0" / file).read_text()) for out in ("killed", "out"))
+            assert one == other
+        for arrow, measures in ours[name]["shift"].items():
+            assert all(values[0] == theirs[name]["shift"][arrow][measure][0] for measure, values in measures.items())
 
 
 def test_the_death_of_the_command_ends_its_cells(study: Path) -> None:
@@ -233,9 +237,9 @@ def test_a_failed_cell_is_told_and_the_others_go_on(study: Path) -> None:
     (study / "fail" / "comparison.json").write_text(json.dumps({"recipe": "study.toml", "overrides": []}) + "\n")
     (study / "fail" / "sft" / "0").mkdir(parents=True)
     (study / "fail" / "sft" / "0" / "mine.txt").write_text("somebody's own")
-    done = compare(study, "--seeds", "0", "--jobs", 2, "--out", "fail")
-    assert done.returncode == 1 and "1 cell failed" in done.stderr
-    assert "sft seed 0: the output folder exists and holds something else than a run" in done.stderr
+    code, said = call(study, "compare study.toml --seeds 0 --jobs 2 --out fail")
+    assert code == 1 and "1 cell failed" in said
+    assert "sft seed 0: the output folder exists and holds something else than a run" in said
     assert (study / "fail" / "sft" / "0" / "mine.txt").read_text() == "somebody's own"
     told = found(study / "fail")["settings"]
     assert told["sft"]["seeds"] == [] and told["gift"]["seeds"] == [0] and told["direct-rl"]["seeds"] == [0]
@@ -246,13 +250,9 @@ def test_tuning_chooses_what_is_compared(study: Path, small_base: Path) -> None:
     folder = study / "tuned"
     folder.mkdir()
     (folder / "study.toml").write_text(RECIPE.format(base=small_base) + TUNE)
-    done = compare(
-        folder, "--vary", "strategy=direct-rl,sft", "--seeds", "0,1", "--jobs", 2, "--out", "out", "--cell", 1
-    )
-    assert done.returncode == 0, done.stderr
+    compare(folder, "--vary strategy=direct-rl,sft --jobs 2 --out out --cell 1")
     assert not (folder / "out" / "chosen.json").exists(), "three trials are not there yet"
-    done = compare(folder, "--vary", "strategy=direct-rl,sft", "--seeds", "0,1", "--jobs", 2, "--out", "out")
-    assert done.returncode == 0, done.stderr
+    compare(folder, "--vary strategy=direct-rl,sft --jobs 2 --out out")
     chosen = json.loads((folder / "out" / "chosen.json").read_text())
     assert len(chosen["tried"]) == 4
     for name, trial in chosen["trials"].items():
@@ -275,7 +275,7 @@ def test_mistakes_are_told_before_anything_runs(study: Path) -> None:
         ("--seeds x", "not a list of seeds"),
         ("--out .", "holds something else"),
     ):
-        code, message = call(study, f"compare study.toml {arguments}" + "" * ("--out" in arguments))
+        code, message = call(study, f"compare study.toml {arguments}")
         assert code == 2 and said in message, message
     code, message = call(study, "compare study.toml sft.lr=1 --out out")
     assert code == 2 and "another comparison" in message
