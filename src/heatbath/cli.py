@@ -148,6 +148,10 @@ def compare(
     from heatbath.stages import grid
 
     if is_run(Path(recipe)) and overrides and all(is_run(Path(each)) for each in overrides):
+        if vary or seeds or cell or dry_run or no_tune:
+            raise RecipeError(
+                "runs that are there are only compared", "command line", "give --baseline and --out alone"
+            )
         folders = [Path(recipe), *map(Path, overrides)]
         found = stage.compare_runs(folders, baseline, out or Path("runs") / f"compare-{len(folders)}-runs")
         typer.echo(jsonlib.dumps(found, ensure_ascii=False) if json else found["page"])

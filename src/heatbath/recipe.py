@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,10 +20,11 @@ from pydantic import BaseModel, ValidationError
 from heatbath.compare_sections import Compare
 from heatbath.errors import RecipeError
 from heatbath.sections import RL, SFT, AnyData, Eval, Recipe, contradictions
-from heatbath.strategies import STRATEGIES, lay, over
+from heatbath.strategies import STRATEGIES, lay, left_out, over
 
 __all__ = ["RL", "SFT", "Compare", "Eval", "Recipe", "as_toml", "changes", "comparison", "copy", "find", "load"]
 __all__ += ["parse", "shipped", "surface"]
+RENAMED = {"sft.objective", "sft.objective.name", "rl.policy", "rl.policy.name"}
 SOURCES = {get_args(cls.model_fields["source"].annotation)[0]: cls for cls in get_args(get_args(AnyData)[0])}
 
 
@@ -37,18 +39,38 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     table.pop("compare", None)
     own = table.pop("strategies", {})
     chosen = table.pop("strategy", None)
-    rest = []
-    for override in overrides or []:
-        key, equals, value = override.partition("=")
-        if key.strip() == "strategy" and equals:
-            chosen = value.strip()
-        else:
-            rest.append(override)
+    given = dict(_keyed(override) for override in overrides or [])
+    chosen = given.pop("strategy", chosen)
     if chosen is not None:
         table = {**lay(table, str(chosen), own if isinstance(own, dict) else {}), "name": str(chosen)}
-    for override in sorted(rest, key=lambda o: not o.partition("=")[0].endswith("objective.name")):
-        _override(table, override)
+        for stage in left_out(str(chosen), own) - table.keys():
+            if against := next((key for key in given if key.startswith(f"{stage}.")), None):
+                said = f"the strategy '{chosen}' has no [{stage}]"
+                raise RecipeError(said, f"{against}={given[against]}", "leave it out, or take another strategy")
+    if RENAMED & given.keys():  # it is no longer what the strategy's name says
+        table.pop("name", None)
+    for key, value in sorted(given.items(), key=lambda item: not item[0].endswith("objective.name")):
+        _override(table, key, value)
     return parse(table, str(file))
+
+
+def _keyed(override: str) -> tuple[str, str]:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError("an override is section.key=value", override, "for example sft.lr=2e-5")
+    return key.strip(), value
+
+
+def strategy_of(path: str | Path, overrides: Sequence[str] = ()) -> str | None:
+    """The strategy that `load` would lay over a recipe, and None where there is none."""
+    given = dict(_keyed(override) for override in overrides)
+    return given.get("strategy", _read(find(path), path).get("strategy"))
+
+
+def stages_without(path: str | Path, strategy: str | None) -> set[str]:
+    """The stages that a strategy leaves out of a recipe."""
+    own = _read(find(path), path).get("strategies", {})
+    return left_out(strategy, own) if strategy is not None else set()
 
 
 def comparison(path: str | Path) -> Compare:
@@ -83,8 +105,9 @@ def _read(file: Path, path: str | Path, below: tuple[Path, ...] = ()) -> dict[st
     parent = table.pop("extends", None)
     if parent is None:
         return table
-    beside = file.parent / str(parent)
-    under = _read(beside if beside.is_file() else find(str(parent)), str(parent), (*below, file.resolve()))
+    beside = [file.parent / str(parent), file.parent / f"{parent}.toml"]
+    found = next((path for path in beside if path.is_file()), None) or find(str(parent))
+    under = _read(found, str(parent), (*below, file.resolve()))
     return over(under, table) | {key: table[key] for key in ("compare",) if key in table}
 
 
@@ -164,17 +187,18 @@ def _key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else literal(key)
 
 
-def _override(table: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError("an override is section.key=value", text, "for example sft.lr=2e-5")
-    *path, last = key.strip().split(".")
+def _override(table: dict[str, Any], key: str, value: str) -> None:
+    text = f"{key}={value}"
+    *path, last = key.split(".")
     try:
         parsed = tomllib.loads(f"v = {value}")["v"]
     except tomllib.TOMLDecodeError:
         parsed = {"True": True, "False": False}.get(value, value)
     if path and path[-1] == "objective" and last == "name":
         path, last, parsed = path[:-1], "objective", {"name": parsed}
+        there = table.get(path[0], {}).get(last) if path else None
+        if isinstance(there, dict) and there.get("name") == parsed["name"]:
+            return  # the same objective keeps its numbers
     for part in path:
         inner = table.setdefault(part, {})
         if isinstance(inner, str) and part == "objective":

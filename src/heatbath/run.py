@@ -328,7 +328,7 @@ def _cpu_name() -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")  # another process may write the same file
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
 

@@ -77,6 +77,12 @@ def lay(table: dict[str, Any], name: str, own: Mapping[str, Any]) -> dict[str, A
     return table
 
 
+def left_out(name: str, own: Mapping[str, Any]) -> set[str]:
+    """The stages that are false in a strategy's tables."""
+    layers = (STRATEGIES[name].tables if name in STRATEGIES else {}, own.get(name, {}))
+    return {key for layer in layers for key, value in layer.items() if value is False}
+
+
 def over(table: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
     """A layer's tables over a recipe's, key by key; a stage that is false there is left out."""
     laid = copy.deepcopy({key: value for key, value in table.items() if layer.get(key) is not False})
@@ -89,8 +95,12 @@ def _merge(table: dict[str, Any], layer: Mapping[str, Any]) -> None:
         there = table.get(key)
         if key in NAMED and isinstance(there, str) and isinstance(value, Mapping):
             there = table[key] = {"name": there}
-        renamed = key in NAMED and isinstance(value, Mapping) and "name" in value  # starts from its own defaults
-        if isinstance(value, Mapping) and isinstance(there, dict) and not renamed:
+        named = value if isinstance(value, str) else value.get("name") if isinstance(value, Mapping) else None
+        if key in NAMED and isinstance(there, dict) and named is not None and named != there.get("name"):
+            there = table[key] = None  # another objective or policy starts from its own defaults
+        if key in NAMED and isinstance(there, dict) and isinstance(value, str):
+            continue
+        if isinstance(value, Mapping) and isinstance(there, dict):
             _merge(there, value)
         else:
             table[key] = copy.deepcopy(value)

@@ -375,8 +375,12 @@ def test_crossed_says_nothing_of_one_training() -> None:
     found = crossed([[0.2, 0.4, 0.9]])
     assert found.estimate.mean == pytest.approx(0.5) and math.isnan(found.estimate.low) and math.isnan(found.p)
     alike = crossed(np.full((3, 4), 0.25))
-    assert (alike.estimate.low, alike.estimate.high, alike.p) == (0.25, 0.25, 0.0)
+    assert (alike.estimate.low, alike.estimate.high) == (0.25, 0.25)
+    assert alike.p == pytest.approx(stats.binomtest(4, 4).pvalue)
     assert crossed(np.zeros((3, 4))).p == 1.0
+    none = crossed(np.zeros((3, 40)), bounds=(0.0, 1.0)).estimate
+    exact = stats.binomtest(0, 40).proportion_ci(method="exact")
+    assert (none.low, none.high) == pytest.approx((exact.low, exact.high))
     wide = crossed([[0.0, 0.1], [0.9, 1.0]], bounds=(0.0, 1.0)).estimate
     assert (wide.low, wide.high) == (0.0, 1.0)
     for wrong in ([0.1, 0.2], np.empty((0, 3)), np.empty((2, 0))):
@@ -391,6 +395,7 @@ def test_crossed_says_nothing_of_one_training() -> None:
         (5, (0.0, 0.1, 0.3), 0.94, 0.985),
         (5, (0.05, 0.0, 0.3), 0.93, 0.97),
         (3, (0.05, 0.1, 0.3), 0.90, 0.97),
+        (2, (0.05, 0.1, 0.3), 0.85, 0.93),
     ],
 )
 def test_crossed_covers_other_seeds_and_other_questions(seeds: int, of: tuple, least: float, most: float) -> None:

@@ -245,12 +245,37 @@ def test_a_failed_cell_is_told_and_the_others_go_on(study: Path) -> None:
     assert told["sft"]["seeds"] == [] and told["gift"]["seeds"] == [0] and told["direct-rl"]["seeds"] == [0]
 
 
+def test_a_cell_of_another_recipe_is_not_counted(study: Path, small_base: Path) -> None:
+    """The recipe was edited after a cell was run: it is neither averaged with the others nor overwritten."""
+    folder = study / "edited"
+    folder.mkdir()
+    (folder / "study.toml").write_text(RECIPE.format(base=small_base))
+    compare(folder, "--vary strategy=sft --seeds 0 --out out")
+    (folder / "study.toml").write_text(RECIPE.format(base=small_base).replace("lr = 3e-3", "lr = 1e-3"))
+    code, said = call(folder, "compare study.toml --vary strategy=sft --seeds 0,1 --out out")
+    assert code == 1 and "sft seed 0: the folder holds a run of another recipe" in said
+    assert found(folder / "out")["settings"]["sft"]["seeds"] == [1]
+    assert "lr = 0.003" in (folder / "out" / "sft" / "0" / "recipe.toml").read_text()
+
+
+def test_two_processes_share_the_work(study: Path) -> None:
+    command = [sys.executable, "-m", "heatbath", "compare", "study.toml", "--seeds", "0", "--out", "shared", "--json"]
+    both = [subprocess.Popen(command, cwd=study, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [process.communicate(timeout=300)[1] for process in both] == [b"", b""]
+    assert [process.returncode for process in both] == [0, 0]
+    attempts = [path.read_text().count("--- attempt") for path in (study / "shared").glob("*/*.log")]
+    trained = [path.read_text().count("\nrl (paper)") for path in (study / "shared").glob("*/*.log")]
+    assert sum(attempts) > 3 and trained == [1, 1, 1], "each cell was trained by one of them"
+
+
 def test_tuning_chooses_what_is_compared(study: Path, small_base: Path) -> None:
     """A learning rate of nothing loses against one that learns, unless both fail alike."""
     folder = study / "tuned"
     folder.mkdir()
     (folder / "study.toml").write_text(RECIPE.format(base=small_base) + TUNE)
     compare(folder, "--vary strategy=direct-rl,sft --jobs 2 --out out --cell 1")
+    code, said = call(folder, "compare study.toml --vary strategy=direct-rl,sft --out out --cell 5")
+    assert code == 1 and "run cells 1 to 4 first" in said
     assert not (folder / "out" / "chosen.json").exists(), "three trials are not there yet"
     compare(folder, "--vary strategy=direct-rl,sft --jobs 2 --out out")
     chosen = json.loads((folder / "out" / "chosen.json").read_text())

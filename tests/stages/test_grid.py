@@ -39,11 +39,14 @@ def path(tmp_path: Path) -> str:
 
 def test_settings_are_every_combination_in_order() -> None:
     vary = {"strategy": ["sft", "gift"], "sft.lr": [1e-3, 0.5], "rl.policy": [{"name": "grpo", "kl": 0.1}, "paper"]}
-    found = grid.settings(vary)
+    found = grid.of_plan(Compare(vary=vary))
     assert list(found)[:3] == ["sft lr=0.001 grpo,kl=0.1", "sft lr=0.001 paper", "sft lr=0.5 grpo,kl=0.1"]
     assert len(found) == 8
     assert found["gift lr=0.5 paper"] == ("strategy=gift", "sft.lr=0.5", "rl.policy=paper")
     assert grid.settings({}) == {"recipe": ()}
+    twice = grid.of_plan(Compare(vary={"sft.lr": [1e-3], "rl.lr": [1e-3]}))
+    assert list(twice) == ["sft.lr=0.001 rl.lr=0.001"], "two keys of one last part are told apart"
+    assert len(grid.of_plan(Compare(vary={"sft.lr": [0.1234567, 0.12345671]}))) == 2
 
 
 def test_what_a_label_says_is_what_the_recipe_gets(path: str) -> None:
@@ -56,7 +59,7 @@ def test_what_a_label_says_is_what_the_recipe_gets(path: str) -> None:
 
 def test_cells_go_seed_by_seed_each_in_a_folder_of_its_own(path: str, tmp_path: Path) -> None:
     plan = Compare(vary={"strategy": ["sft", "dft"], "sft.epochs": [1, 2]}, seeds=[5, 3])
-    cells = grid.cells(plan, ("sft.lr=1e-3",), tmp_path, {"dft epochs=2": ["sft.batch=4"]})
+    cells = grid.cells(plan, path, ("sft.lr=1e-3",), tmp_path, {"dft epochs=2": ["sft.batch=4"]})
     assert [cell.seed for cell in cells] == [5] * 4 + [3] * 4
     assert len({cell.folder for cell in cells}) == 8
     last = cells[-1]
@@ -68,16 +71,37 @@ def test_cells_go_seed_by_seed_each_in_a_folder_of_its_own(path: str, tmp_path: 
 def test_tuning_asks_the_validation_problems_with_other_seeds_and_as_many_trials_for_each(path: str) -> None:
     tune = {"grid": {"sft.lr": [1e-3, 1e-4]}, "grids": {"direct-rl": {"rl.lr": [1, 2]}}, "seeds": [9]}
     plan = Compare(vary={"strategy": ["sft", "direct-rl"]}, tune=tune | {"overrides": {"rl.max_steps": 3}})
-    found = grid.tuning_cells(plan, (), Path("out"))
-    assert [cell.trial for cell in found] == ["lr=0.001", "lr=0.0001", "lr=1", "lr=2"]
+    found = grid.tuning_cells(plan, path, (), Path("out"))
+    assert [cell.trial for cell in found] == ["sft.lr=0.001", "sft.lr=0.0001", "rl.lr=1", "rl.lr=2"]
     for cell in found:
         made = recipes.load(path, list(cell.overrides))
         assert (made.eval.split, made.seed, made.rl.max_steps) == ("validation", 9, 3)
+        assert (made.sft is None) == (cell.setting == "direct-rl")
+    two = plan.model_copy(update={"vary": {"strategy": ["sft", "direct-rl"], "data.demos": [64, 128]}})
+    trials_by = {cell.setting: [] for cell in grid.tuning_cells(two, path, (), Path("out"))}
+    for cell in grid.tuning_cells(two, path, (), Path("out")):
+        trials_by[cell.setting].append(cell.trial)
+    assert trials_by["direct-rl demos=128"] == ["rl.lr=1", "rl.lr=2"], "the grid of its strategy"
     with pytest.raises(ValueError, match="give all the same number"):
         Tune(grid={"a": [1, 2]}, grids={"x": {"b": [1, 2, 3]}})
     assert trials({"a": [1, 2], "b": [1, 2, 3]}) == 6
     with pytest.raises(ValueError, match="share a seed"):
         Compare(seeds=[1, 9], tune=tune)
+
+
+def test_an_override_for_all_brings_no_stage_back(path: str) -> None:
+    """The keys of a stage that a strategy leaves out are those of no stage: a default one would be trained."""
+    tune = {"grid": {"sft.lr": [1e-3]}, "overrides": {"rl.max_steps": 3, "eval.samples": 4}}
+    plan = Compare(
+        vary={"strategy": ["direct-sft", "sft", "direct-rl"]}, tune=tune | {"grids": {"direct-rl": {"rl.lr": [1]}}}
+    )
+    both = [*grid.cells(plan, path, ("sft.epochs=3",), Path("o")), *grid.tuning_cells(plan, path, (), Path("o"))]
+    for cell in both:
+        made = recipes.load(path, list(cell.overrides))
+        assert (made.rl is None, made.sft is None) == (cell.setting == "direct-sft", cell.setting == "direct-rl")
+        assert not cell.trial or made.eval.samples == 4
+    with pytest.raises(RecipeError, match=r"the strategy 'direct-rl' has no \[sft\]"):
+        recipes.load(path, ["strategy=direct-rl", "sft.lr=1e-3"])
 
 
 @pytest.mark.parametrize(
@@ -88,12 +112,16 @@ def test_tuning_asks_the_validation_problems_with_other_seeds_and_as_many_trials
         ({"vary": {"strategy": ["sft"]}, "baseline": "dft"}, "no setting is called 'dft'"),
         ({"vary": {"data.system": ["a b", "a/b"]}}, "share the folder"),
         ({"vary": {"strategy": ["sft"]}, "tune": {"grid": {"sft.lr": [1]}, "grids": {"stf": {"x": [1]}}}}, "'stf'"),
+        ({"vary": {"sft.lr": [1, 2]}, "tune": {"grid": {"sft.lr": [1]}}}, "varied and tuned"),
+        ({"vary": {"sft.epochs": [1, 2]}}, "sets this key itself"),
     ],
 )
 def test_a_wrong_comparison_is_told_before_anything_runs(plan: dict, said: str, path: str, tmp_path: Path) -> None:
     made = Compare.model_validate(plan)
     with pytest.raises(RecipeError, match=said):
-        grid.require(made, path, grid.cells(made, (), tmp_path), recipes.strategies_of(path))
+        grid.require(made, path, ["sft.epochs=1"])
+        for cell in grid.cells(made, path, (), tmp_path):
+            cell.recipe(path)
 
 
 def test_the_command_line_is_read() -> None:
@@ -133,11 +161,23 @@ def stages(path: str, *overrides: str) -> dict[str, str]:
         ("rl.save_every=3", set()),
         ("name=x", set()),
         ("lora.rank=4", {"sft", "rl"}),
+        ("model=other", {"sft", "rl"}),
+        ("precision=bf16", {"sft", "rl"}),
+        ('sft.splits=["demos", "prompts"]', {"sft", "rl"}),
     ],
 )
 def test_a_policy_is_shared_only_where_all_that_made_it_is_the_same(override: str, changed: set, path: str) -> None:
     before, after = stages(path), stages(path, override)
     assert {stage for stage in before if before[stage] != after[stage]} == changed
+
+
+def test_the_content_of_a_file_of_ones_own_counts(path: str, tmp_path: Path) -> None:
+    source = "from dataclasses import dataclass\nfrom heatbath.ideas.objectives import Sft\n"
+    source += "@dataclass(frozen=True)\nclass Mine(Sft): ...\n"
+    (tmp_path / "mine.py").write_text(source)
+    before = stages(path, f"sft.objective={tmp_path / 'mine.py'}:Mine")
+    (tmp_path / "mine.py").write_text(source + "# other")
+    assert stages(path, f"sft.objective={tmp_path / 'mine.py'}:Mine")["sft"] != before["sft"]
 
 
 def cell_run(folder: Path, *, trained: bool = True, **changes: object) -> Run:
@@ -183,6 +223,20 @@ def test_a_cell_draws_itself_what_the_other_has_drawn_otherwise(tmp_path: Path, 
     assert {row["policy"] for row in run.samples()} == shared
     same_start = "sft" not in changes and "seed" not in changes
     assert run.finished("sft") == same_start
+
+
+@pytest.mark.parametrize("what", ["base", "rows", "versions"])
+def test_a_cell_takes_nothing_that_was_made_of_something_else(tmp_path: Path, what: str) -> None:
+    other = cell_run(tmp_path / "a")
+    run = Run.create(tmp_path / "b", other.recipe)
+    for each in (run, other):
+        each.write_json("data.json", {"digest": "x"})
+    assert what == "base" or grid._of_one_kind(run, other, "f")
+    if what == "rows":
+        other.write_json("data.json", {"digest": "y"})
+    if what == "versions":
+        other.write_json("env.json", other.read_json("env.json") | {"versions": {"torch": "1.0"}})
+    assert grid.adopt(run, [other.folder], "another" if what == "base" else "f") == []
 
 
 def test_an_unfinished_cell_gives_nothing_away(tmp_path: Path) -> None:
@@ -236,17 +290,16 @@ def test_the_table_is_that_of_a_computation_by_hand(tmp_path: Path) -> None:
     row = rows["high", "mixed", 1]
     low, high = stats.t.interval(0.95, 1, loc=1 / 16, scale=1 / 16)
     assert (row["low"], row["high"]) == pytest.approx((low, high)) and row["p"] == pytest.approx(0.5)
-    assert rows["low", "high", 1]["p"] == 0.0, "all problems of both seeds differ by the same"
+    assert rows["low", "high", 1]["p"] == pytest.approx(2 * 0.5**24), (
+        "all 24 problems differ by the same: the sign test"
+    )
 
 
 def test_what_the_data_do_not_decide_is_not_ranked(tmp_path: Path) -> None:
     found = grid_summary.summarise(three_by_two(tmp_path), "low")
     said = grid_summary.verdict(found)
     assert said[0].startswith("At pass@1 better than low: high (+0.375)") and "worse" not in " ".join(said)
-    assert (
-        said[-1]
-        == "The highest mean is that of mixed, which these data do not tell from low, high: no ranking of them."
-    )
+    assert said[-1] == "The highest mean is that of mixed, which these data do not tell from low, high."
     one = {name: {0: own[0]} for name, own in three_by_two(tmp_path / "again").items()}
     assert "One seed" in grid_summary.verdict(grid_summary.summarise(one, None))[0]
     empty = grid_summary.summarise({"low": {}, "high": {}}, None)
@@ -259,6 +312,28 @@ def test_p_values_are_corrected_within_each_k_and_family(tmp_path: Path) -> None
         own = [row for row in found if row["k"] == k and row["to_baseline"]]
         p = sorted(row["p"] for row in own)
         assert sorted(row["p_holm"] for row in own) == pytest.approx([min(1, 2 * p[0]), min(1, max(2 * p[0], p[1]))])
+
+
+def test_settings_are_compared_on_the_problems_that_both_were_asked(tmp_path: Path) -> None:
+    a = written(tmp_path / "a", {"base": 1, "init": 3, "final": 5})
+    b = written(tmp_path / "b", {"base": 1, "init": 3, "final": 6}, problems=12)
+    (row, *_) = grid_summary.summarise({"a": {0: a}, "b": {0: b}}, "a")["differences"]["test"]
+    assert (row["problems"], row["mean"]) == (12, pytest.approx(1 / 8))
+    c = written(tmp_path / "c", {"base": 1, "init": 3, "final": 6}, problems=12)
+    c.replace_samples([r | {"problem": f"other {r['problem']}"} for r in c.samples()])
+    assert grid_summary.summarise({"a": {0: a}, "c": {0: c}}, "a")["differences"]["test"] == []
+
+
+def test_a_verdict_says_what_is_not_there_yet(tmp_path: Path) -> None:
+    runs = three_by_two(tmp_path)
+    assert (
+        grid_summary.verdict(grid_summary.summarise(runs | {"low": {}}, "low"))[0]
+        == "The baseline, low, has no results yet."
+    )
+    done = {"low": runs["low"], "high": runs["high"], "later": {}}
+    assert "high is ahead of the others so far; not compared yet: later." in grid_summary.verdict(
+        grid_summary.summarise(done, "low")
+    )
 
 
 def test_cells_that_were_asked_other_problems_are_not_averaged(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -61,9 +62,15 @@ class Splits:
     removed: tuple[str, ...] = ()
 
     def report(self) -> dict[str, Any]:
-        """What a run keeps about its data: sizes, notes, and every row that decontamination removed."""
+        """What a run keeps about its data: sizes, notes, every row that decontamination removed, and a digest."""
         sizes = {name: len(rows) for name, rows in self.named().items()}
-        return {"rows": sizes, "notes": list(self.notes), "removed": list(self.removed)}
+        facts = {"notes": list(self.notes), "removed": list(self.removed), "digest": self.digest()}
+        return {"rows": sizes, **facts}
+
+    def digest(self) -> str:
+        """The same for the same rows in the same order, whatever they were read from."""
+        rows = [[name, row.id, row.solution, row.columns] for name, own in self.named().items() for row in own]
+        return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()[:16]
 
     def named(self) -> dict[str, list[Row]]:
         """Name → rows, in the order of the fields."""

@@ -106,8 +106,11 @@ def crossed(
 
     Both are random effects: Var = (MS_S + MS_Q − MS_SQ) / (S·Q) from the two-way analysis of variance without
     replication, components below 0 taken as 0, degrees of freedom after Satterthwaite (1946). Of 4,000 simulated
-    studies of 5 trainings × 200 questions it covers 95 to 97 %, with 3 trainings 92 to 98 %. One training gives NaN
-    bounds: how far another one would lie from it, nobody can know. `bounds` cut the interval.
+    studies of 5 trainings × 200 questions it covers 95 to 97 %, with 3 trainings 92 to 98 %, with 2 87 to 97 %.
+
+    One training gives NaN bounds: how far another one would lie from it, nobody can know. `bounds` cut the interval;
+    where all values sit on one of them it is the exact binomial one, each question a trial. Values that are all alike
+    elsewhere give an interval without width, and the sign test's p of the questions.
     """
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 2 or not x.size:
@@ -129,7 +132,12 @@ def crossed(
     error = math.sqrt(scale / (S * Q))
     each = [math.sqrt(max(part - rest, 0.0) / (S * Q)) for part in (trainings, questions)]
     if error <= ROUNDING:
-        return Crossed(Estimate(mean, mean, mean, Q, confidence), float(abs(mean) <= ROUNDING), math.nan, *each)
+        low, high = mean, mean
+        if bounds is not None and x.flat[0] in bounds:
+            low, high = _on_a_bound(mean, Q, bounds, confidence)
+        return Crossed(
+            Estimate(mean, low, high, Q, confidence), _two_sided(0, Q * (abs(mean) > ROUNDING)), math.nan, *each
+        )
     spread = sum((w * square) ** 2 / freedom for w, (square, freedom) in zip(weights, squares, strict=True))
     freedom = max(scale**2 / spread, 1.0)
     half = float(stdtrit(freedom, 0.5 + confidence / 2)) * error

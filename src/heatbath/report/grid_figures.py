@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from heatbath.ideas.intervals import mean_with_interval
-from heatbath.report.drawing import MUTED, POLICY_LOOKS, WIDE, Look, frame, label_ends, run_looks, style, svg
+from heatbath.report.drawing import POLICY_LOOKS, WIDE, Look, frame, label_ends, run_looks, style, svg
 from heatbath.report.score_figures import bounds, forest
 
 Found = Mapping[str, Any]
@@ -39,18 +39,17 @@ def numbered(name: str, drawn: Sequence[str]) -> dict[str, str]:
 
 
 def starts_and_ends(settings: Mapping[str, Found], task: str, k: int) -> str:
-    """pass@k of every setting's policies: the end filled with its interval, the start hollow beside it, the base as a
-    line."""
+    """pass@k of every setting's policies with their intervals: the end large with a tick for each seed, the start
+    smaller below it, the base as a small square above."""
     with style():
         figure, axes = frame((WIDE[0], 0.3 * len(settings) + 0.8))
-        bases = []
         for at, own in enumerate(settings.values()):
             for policy, scores in own["tasks"].get(task, {}).items():
                 if str(k) not in scores:
                     continue
                 estimate, look = scores[str(k)], POLICY_LOOKS.get(policy, POLICY_LOOKS["final"])
                 if policy == "base":
-                    bases.append(estimate["mean"])
+                    axes.plot(estimate["mean"], at - 0.32, look.marker, color=look.colour, markersize=4)
                     continue
                 last = policy == own["last"]
                 low, high = bounds(estimate)
@@ -59,10 +58,8 @@ def starts_and_ends(settings: Mapping[str, Found], task: str, k: int) -> str:
                 axes.plot(estimate["mean"], lift, look.marker, color=look.colour, markersize=6 if last else 5)
                 if last:
                     axes.plot(estimate["seeds"], [lift] * len(estimate["seeds"]), "|", color=look.colour, markersize=7)
-        if bases:
-            axes.axvline(float(np.mean(bases)), color=MUTED, linewidth=1, linestyle=(0, (1, 1.4)))
         axes.set_yticks(range(len(settings)), list(settings))
-        axes.set(ylim=(len(settings) - 0.5, -0.5), xlabel=f"pass@{k}: end (large), start (small), base (line)")
+        axes.set(ylim=(len(settings) - 0.5, -0.5), xlabel=f"pass@{k}: end (large), start, base (square)")
         axes.grid(axis="y", visible=False)
         return svg(figure, f"pass@{k} of every setting before and after its last stage, 95 % intervals ({task})")
 
@@ -157,9 +154,10 @@ def _one(names: Sequence[str], there: Mapping[str, Sequence[Any]], xlabel: str, 
         for look in run_looks(names):
             rows = there[look.label]
             x = [step for step, _ in rows]
-            found = [mean_with_interval(each, bounds=(0.0, 1.0) if share else None) for _, each in rows]
+            found = [mean_with_interval(each) for _, each in rows]
             if len(rows[0][1]) > 2:  # of two seeds a band says nothing
-                low, high = [e.low for e in found], [e.high for e in found]
+                least, most = (0.0, 1.0) if share else (-np.inf, np.inf)
+                low, high = np.clip([e.low for e in found], least, None), np.clip([e.high for e in found], None, most)
                 axes.fill_between(x, low, high, color=look.colour, alpha=0.12, linewidth=0)
             axes.plot(x, [e.mean for e in found], color=look.colour, linestyle=look.dash, linewidth=2)
             ends.append((x[-1], found[-1].mean, look))

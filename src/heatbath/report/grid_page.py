@@ -171,7 +171,8 @@ def caveats(found: Found, settings: Mapping[str, Found]) -> list[str]:
     if min(seeds, default=0) < 2:
         said.append("One seed: the scatter between trainings is unknown, and often larger than that between methods.")
     elif min(seeds) < 5:
-        said.append(f"Only {min(seeds)} seeds: an interval from so few is wide, and its coverage 92 to 98 %.")
+        covers = "87 to 97" if min(seeds) == 2 else "92 to 98"
+        said.append(f"Only {min(seeds)} seeds: an interval from so few is wide, and covers {covers} %.")
     if len(seeds) > 1:
         said.append("Not every setting has all seeds yet; differences are over the seeds that both have.")
     if found.get("tuned"):
@@ -179,7 +180,7 @@ def caveats(found: Found, settings: Mapping[str, Found]) -> list[str]:
         said.append(
             f"Settings were tuned on the validation problems (pass@{k}, other seeds); none of them is asked here."
         )
-    elif len(settings) > 1:
+    elif len(settings) > 1 and found["recipe"]:
         said.append("No setting was tuned: a strategy may be far from its best learning rate here.")
     return said
 

@@ -23,17 +23,19 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from heatbath import recipe as recipes
 from heatbath.compare_sections import Compare
 from heatbath.errors import BusyError, HeatbathError, RecipeError, RunError
-from heatbath.opening import Opening, open_run
+from heatbath.opening import Opening, open_run, readers
 from heatbath.progress import Progress
-from heatbath.recipe import Recipe, strategies_of
+from heatbath.recipe import Recipe
 from heatbath.run import Run, is_run, write_atomically
 from heatbath.stages import grid
 from heatbath.stages.grid import Cell
 
 CHOSEN = "chosen.json"  # what tuning has settled on
-UNMEASURED = ".unmeasured"  # stands in the folder of a cell until its shift is measured
+UNFINISHED = ".unfinished"  # stands in the folder of a cell until all of it is done
+ATTEMPT = "--- attempt"  # begins each in a cell's log
 DONE, FAILED, BUSY, STOPPED = 0, 1, 75, 130  # how a cell's process ends
 PATIENCE_SECONDS = 5.0  # before a cell that another process works on is asked for again
 PRELOADED = ["heatbath.stages.preloaded"]
@@ -49,24 +51,24 @@ class Comparison:
     out: Path
 
     def tuning(self) -> list[Cell]:
-        return grid.tuning_cells(self.plan, self.overrides, self.out)
+        return grid.tuning_cells(self.plan, self.path, self.overrides, self.out)
 
     def cells(self) -> list[Cell]:
         """Those that are compared, under what tuning found."""
-        return grid.cells(self.plan, self.overrides, self.out, self.chosen())
+        return grid.cells(self.plan, self.path, self.overrides, self.out, self.chosen())
 
     def chosen(self) -> dict[str, list[str]]:
-        """Setting → overrides that tuning settled on, as far as it did."""
+        """Setting → overrides that tuning settled on, as far as it did, for this very table of trials."""
         path = self.out / CHOSEN
         if self.plan.tune is None or not path.is_file():
             return {}
-        found: dict[str, list[str]] = json.loads(path.read_text())["overrides"]
-        return found
+        found = json.loads(path.read_text())
+        return dict(found["overrides"]) if found["tune"] == self.plan.tune.model_dump(mode="json") else {}
 
     @property
     def tuned(self) -> bool:
         """Whether nothing is left to be settled by tuning."""
-        return self.plan.tune is None or set(grid.settings(self.plan.vary)) <= set(self.chosen())
+        return self.plan.tune is None or set(grid.of_plan(self.plan)) <= set(self.chosen())
 
     def every(self) -> list[Cell]:
         return [*self.tuning(), *self.cells()]
@@ -93,6 +95,9 @@ def run_compare(
     cells = [cell for cell in comparison.cells() if only == () or cell.folder in wanted]
     if comparison.tuned:
         failed |= _run_all(comparison, cells, jobs, "cells", progress)
+    elif only and cells:
+        first = len(comparison.tuning())
+        raise RunError("the trials of tuning are not done", f"--cell {min(only)}", f"run cells 1 to {first} first")
     written = write_page(summary_of(comparison), comparison.out)
     progress.say(f"page: {written['html']}")
     if failed:
@@ -104,35 +109,40 @@ def run_compare(
     return found
 
 
-def check(comparison: Comparison) -> dict[Cell, Recipe]:
-    """The recipe of every cell, each checked with its data before anything is trained. Raises RecipeError or
-    DataError."""
+def check(comparison: Comparison) -> None:
+    """Loads the recipe of every cell, and checks one of each setting, and one trial, with its data, before anything is
+    trained. Raises RecipeError or DataError."""
     from heatbath.stages import pipeline
 
-    recipes = grid.require(comparison.plan, comparison.path, comparison.every(), strategies_of(comparison.path))
-    for cell, recipe in recipes.items():
-        if cell.seed == comparison.plan.seeds[0] and not cell.trial:
+    grid.require(comparison.plan, comparison.path, comparison.overrides)
+    seen = set()
+    for cell in comparison.every():
+        recipe = cell.recipe(comparison.path)
+        if (kind := (cell.setting, bool(cell.trial))) not in seen:
+            seen.add(kind)
             pipeline.check(recipe, pipeline.stages_of(recipe))
-    return recipes
 
 
 def listed(comparison: Comparison) -> list[dict[str, Any]]:
-    """Number, name, folder, state and command of every cell: what a scheduler needs."""
+    """Number, name, folder, state and command of every cell: what a scheduler needs. Cells that wait for tuning have no
+    command yet."""
     rows = []
     for number, cell in enumerate(comparison.every(), 1):
+        settled = bool(cell.trial) or comparison.tuned
         command = ["heatbath", "run", comparison.path, *cell.overrides, "--out", str(cell.folder)]
-        state = "done" if _done(cell) else "begun" if is_run(cell.folder) else "to do"
-        rows.append(
-            {"number": number, "cell": cell.name, "folder": str(cell.folder), "state": state, "command": command}
-        )
+        begun = "begun" if is_run(cell.folder) else "to do" if settled else "waits"
+        state = "done" if _done(cell, comparison) else begun
+        facts = {"number": number, "cell": cell.name, "folder": str(cell.folder), "state": state}
+        rows.append(facts | {"command": command if settled else None})
     return rows
 
 
 def shown(cells: Sequence[dict[str, Any]]) -> str:
     """The list as text."""
     lines = [f"{c['number']:4} {c['state']:6} {c['cell']:40} {c['folder']}" for c in cells]
-    told = "--cell NUMBER runs one; or by itself, for example the last:"
-    return "\n".join([*lines, told, shlex.join(cells[-1]["command"])])
+    told = "--cell NUMBER runs one; or by itself, for example:"
+    last = [c["command"] for c in cells if c["command"]][-1]
+    return "\n".join([*lines, told, shlex.join(last)])
 
 
 def summary_of(comparison: Comparison) -> dict[str, Any]:
@@ -142,7 +152,7 @@ def summary_of(comparison: Comparison) -> dict[str, Any]:
     runs: dict[str, dict[int, Run]] = {}
     for cell in comparison.cells():
         runs.setdefault(cell.setting, {})
-        if _done(cell):
+        if _done(cell, comparison):
             runs[cell.setting][cell.seed] = Run.read(cell.folder)
     found = grid_summary.summarise(runs, comparison.plan.baseline)
     asked = sum(len(comparison.plan.seeds) for _ in runs)
@@ -188,9 +198,11 @@ def _same_comparison(comparison: Comparison) -> None:
     """Raises RecipeError where the folder holds a comparison of other settings than those asked for."""
     path = comparison.out / "comparison.json"
     now = {"recipe": Path(comparison.path).name, "overrides": list(comparison.overrides)}
-    if path.is_file() and json.loads(path.read_text()) != now:
-        raise RecipeError("the folder holds another comparison", str(comparison.out), "choose another --out")
-    if not path.is_file() and any(comparison.out.iterdir()):
+    if path.is_file():
+        if json.loads(path.read_text()) != now:
+            raise RecipeError("the folder holds another comparison", str(comparison.out), "choose another --out")
+        return
+    if any(not entry.name.startswith(".") for entry in comparison.out.iterdir()):
         raise RecipeError("the folder holds something else", str(comparison.out), "choose another --out")
     write_atomically(path, json.dumps(now) + "\n")
 
@@ -199,41 +211,48 @@ def _choose(comparison: Comparison, only: Sequence[int], progress: Progress) -> 
     """Settles what tuning found, once all of its trials are there."""
     tune = comparison.plan.tune
     assert tune is not None
-    scores = {cell: _score(cell, tune.k) for cell in comparison.tuning()}
+    scores = {cell: _score(cell, comparison, tune.k) for cell in comparison.tuning()}
     if only and None in scores.values():
         return  # somebody else's cells are not there yet
     best = grid.candidates(scores)
-    overrides = {}
-    for name, trial in best.items():
-        overrides[name] = list(grid.settings(tune.grids.get(name, tune.grid))[trial])
+    overrides = {name: list(grid.trials_of(comparison.plan, comparison.path, name)[best[name]]) for name in best}
     tried = [{"setting": c.setting, "trial": c.trial, "seed": c.seed, "score": s} for c, s in scores.items()]
-    write_atomically(
-        comparison.out / CHOSEN,
-        json.dumps({"k": tune.k, "trials": best, "overrides": overrides, "tried": tried}, indent=1, ensure_ascii=False)
-        + "\n",
-    )
+    kept = {"tune": tune.model_dump(mode="json"), "k": tune.k, "trials": best, "overrides": overrides, "tried": tried}
+    write_atomically(comparison.out / CHOSEN, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     progress.say("tuned: " + "; ".join(f"{name}: {trial}" for name, trial in best.items()))
 
 
-def _score(cell: Cell, k: int) -> float | None:
+def _score(cell: Cell, comparison: Comparison, k: int) -> float | None:
     """pass@k of the last policy of a tuning cell; None where it is not done."""
-    if not _done(cell):
+    if not _done(cell, comparison):
         return None
-    results = Run.read(cell.folder).read_json("results.json")
-    last = list(results["policies"].values())[-1]
-    score: float = last["pass"][str(k)]["mean"]
+    run = Run.read(cell.folder)
+    score: float = run.read_json("results.json")["policies"][run.policies[-1]]["pass"][str(k)]["mean"]
     return score
 
 
-def _done(cell: Cell) -> bool:
-    return is_run(cell.folder) and (cell.folder / "results.json").is_file() and not (cell.folder / UNMEASURED).exists()
+def _done(cell: Cell, comparison: Comparison) -> bool:
+    """Whether the folder holds this cell, whole: of this recipe, evaluated to its end, its shift measured if wanted."""
+    if not is_run(cell.folder) or (cell.folder / UNFINISHED).exists():
+        return False
+    run = Run.read(cell.folder)
+    results = run.read_json("results.json")
+    if results is None or results.get("incomplete"):
+        return False
+    if any(readers(key) for key in recipes.changes(run.recipe, cell.recipe(comparison.path))):
+        return False
+    return not _wants_shift(cell, comparison) or len(run.policies) < 2 or (cell.folder / "shift.json").is_file()
+
+
+def _wants_shift(cell: Cell, comparison: Comparison) -> bool:
+    return comparison.plan.shift and not cell.trial
 
 
 def _run_all(
     comparison: Comparison, cells: Sequence[Cell], jobs: int, title: str, progress: Progress
 ) -> dict[Cell, str]:
     """Runs what is not done, in processes of their own; returns the cells that failed, and why."""
-    todo = [cell for cell in cells if not _done(cell)]
+    todo = [cell for cell in cells if not _done(cell, comparison)]
     if not todo:
         return {}
     context = multiprocessing.get_context("forkserver")
@@ -251,7 +270,7 @@ def _run_all(
                 cell = todo.pop(0)
                 slot = min(set(range(jobs)) - {used for _, used in running.values()})
                 siblings = [other.folder for other in every if other.seed == cell.seed]  # others share nothing
-                arguments = (comparison.path, cell, siblings, slot, jobs, comparison.plan.shift)
+                arguments = (comparison.path, cell, siblings, slot, jobs, _wants_shift(cell, comparison))
                 process = context.Process(target=run_cell, args=arguments, name=cell.name)
                 process.start()
                 running[process] = (cell, slot)
@@ -292,7 +311,8 @@ def log_of(cell: Cell) -> Path:
 
 def _why(cell: Cell, code: int | None) -> str:
     path = log_of(cell)
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.is_file() else []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = text.rpartition(ATTEMPT)[2].strip().splitlines()[1:]
     said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
     return f"{said.removeprefix('error: ')} (exit {code})"
 
@@ -306,6 +326,7 @@ def run_cell(path: str, cell: Cell, siblings: Sequence[Path], slot: int, jobs: i
     log = os.open(log_of(cell), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    print(f"{ATTEMPT} {time.strftime('%Y-%m-%dT%H:%M:%S')}", file=sys.stderr, flush=True)
     code = FAILED
     try:
         _limit(slot, jobs)
@@ -328,9 +349,11 @@ def _work(recipe: Recipe, cell: Cell, siblings: Sequence[Path], shift: bool) -> 
     stages = pipeline.stages_of(recipe)
     try:
         with Run(cell.folder, recipe).locked():
-            _mark(cell, shift)
             run = open_run(cell.folder, recipe, stages, Opening(resume=True), whole=True, say=progress.say)
-            for taken in grid.adopt(run, siblings):
+            (cell.folder / UNFINISHED).touch()
+            splits, _ = pipeline.check(recipe, stages)
+            run.write_json("data.json", splits.report())
+            for taken in grid.adopt(run, siblings, _fingerprint(recipe)):
                 progress.say(f"taken: {taken}")
             for stage in stages:
                 if stage != "eval" and not run.finished(stage):
@@ -338,16 +361,18 @@ def _work(recipe: Recipe, cell: Cell, siblings: Sequence[Path], shift: bool) -> 
             run_evaluation(run, recipe, progress)
             if shift and len(run.policies) > 1:
                 _measure_shift(run, progress)
-            (cell.folder / UNMEASURED).unlink(missing_ok=True)
+            (cell.folder / UNFINISHED).unlink()
     except BusyError:
         return BUSY
     return DONE
 
 
-def _mark(cell: Cell, shift: bool) -> None:
-    """The cell is not done before its shift is measured, where that is wanted."""
-    if shift and not (cell.folder / "shift.json").is_file():
-        (cell.folder / UNMEASURED).touch()
+def _fingerprint(recipe: Recipe) -> str | None:
+    """Of a base in a folder of one's own, whose content may have changed since another cell read it."""
+    from heatbath import models
+
+    own = recipe.model is not None and Path(recipe.model).is_dir()
+    return models.fingerprint_of(str(recipe.model)) if own else None
 
 
 def _measure_shift(run: Run, progress: Progress) -> None:
@@ -358,12 +383,15 @@ def _measure_shift(run: Run, progress: Progress) -> None:
 
 
 def _limit(slot: int, jobs: int) -> None:
-    """Each of several cells at a time has its share of the cores, and a device of its own where there are several."""
+    """Each of several cells at a time has its share of the cores, and each one device: the trainers would spread over
+    all that they see."""
     import torch
 
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
-    if (devices := torch.cuda.device_count()) > 1 and jobs > 1:
-        torch.cuda.set_device(slot % devices)
+    devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    devices = devices or [str(i) for i in range(torch.cuda.device_count())]
+    if len(devices) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
 
 
 def _end_with_parent() -> None:

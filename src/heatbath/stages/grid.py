@@ -5,13 +5,14 @@ A cell is its list of overrides over one recipe, so `heatbath run RECIPE OVERRID
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
 import re
 import shutil
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from heatbath.opening import readers
 from heatbath.recipe import Recipe
 from heatbath.run import CHECKPOINTS, STAGES, Run, is_run
 
-SHORT = {"strategy", "sft.objective", "rl.policy"}  # axes whose values say what they are
+# Keys whose values say what they are.
+SHORT = {"strategy", "sft.objective", "sft.objective.name", "rl.policy", "rl.policy.name"}
 MEASURED = {"sft": ("surprise.json",), "rl": ("readiness.json",)}  # what a stage leaves beside its policy
 
 
@@ -44,58 +46,88 @@ class Cell:
         return " ".join(part for part in (self.setting, self.trial, f"seed {self.seed}") if part)
 
     def recipe(self, path: str) -> Recipe:
-        return recipes.load(path, [*self.overrides])
+        return recipes.load(path, list(self.overrides))
 
 
-def settings(vary: Grid) -> dict[str, tuple[str, ...]]:
-    """Name → overrides of every combination of the varied values, in their order; one of no name where none vary."""
+def settings(vary: Grid, shown: Callable[[str], str] = str) -> dict[str, tuple[str, ...]]:
+    """Name → overrides of every combination of the varied values, in their order; one of no name where none vary.
+    `shown` is what a key is called in names."""
     found = {}
     for values in itertools.product(*vary.values()):
         chosen = dict(zip(vary, values, strict=True))
-        found[_label(chosen)] = tuple(override(key, value) for key, value in chosen.items())
+        found[_label(chosen, shown)] = tuple(override(key, value) for key, value in chosen.items())
     return found
+
+
+def of_plan(plan: Compare) -> dict[str, tuple[str, ...]]:
+    """The settings that are compared."""
+    return settings(plan.vary, _short(plan))
+
+
+def trials_of(plan: Compare, path: str, setting: str) -> dict[str, tuple[str, ...]]:
+    """The trials of a setting: of the grid that bears its name, that of its strategy, or the one for all others."""
+    tune = plan.tune
+    assert tune is not None
+    strategy = recipes.strategy_of(path, of_plan(plan)[setting])
+    grid = tune.grids.get(setting) or tune.grids.get(str(strategy)) or tune.grid
+    return settings(grid, _short(plan))
+
+
+def _short(plan: Compare) -> Callable[[str], str]:
+    """A key by its last part, unless another key of the comparison ends alike."""
+    grids = [plan.vary, *([plan.tune.grid, *plan.tune.grids.values()] if plan.tune else [])]
+    keys = {key for grid in grids for key in grid}
+    ends = [key.rpartition(".")[2] for key in keys]
+    return lambda key: key if ends.count(key.rpartition(".")[2]) > 1 else key.rpartition(".")[2]
 
 
 def override(key: str, value: Any) -> str:
     return f"{key}={value}" if isinstance(value, str) else f"{key}={recipes.literal(value)}"
 
 
-def _label(chosen: dict[str, Any]) -> str:
+def _label(chosen: dict[str, Any], shown: Callable[[str], str]) -> str:
     parts = []
     for key, value in chosen.items():
         if isinstance(value, dict):
-            shown = ",".join(str(value[k]) if k == "name" else f"{k}={_shown(value[k])}" for k in value)
+            told = ",".join(str(value[k]) if k == "name" else f"{k}={value[k]}" for k in value)
         else:
-            shown = _shown(value)
-        parts.append(shown if key in SHORT else f"{key.rpartition('.')[2]}={shown}")
+            told = str(value)
+        parts.append(told if key in SHORT else f"{shown(key)}={told}")
     return " ".join(parts) or "recipe"
 
 
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def cells(plan: Compare, overrides: Sequence[str], out: Path, chosen: dict[str, list[str]] | None = None) -> list[Cell]:
+def cells(
+    plan: Compare, path: str, overrides: Sequence[str], out: Path, chosen: dict[str, list[str]] | None = None
+) -> list[Cell]:
     """The cells that are compared, seed by seed. `chosen` are the overrides that tuning found for each setting."""
     found = []
-    for seed, (name, own) in itertools.product(plan.seeds, settings(plan.vary).items()):
-        asked = (*overrides, *own, *(chosen or {}).get(name, ()), f"seed={seed}")
+    for seed, (name, own) in itertools.product(plan.seeds, of_plan(plan).items()):
+        shared = _fitting(path, own, overrides)
+        asked = (*shared, *own, *(chosen or {}).get(name, ()), f"seed={seed}")
         found.append(Cell(name, seed, asked, out / slug(name) / f"{seed}"))
     return found
 
 
-def tuning_cells(plan: Compare, overrides: Sequence[str], out: Path) -> list[Cell]:
+def tuning_cells(plan: Compare, path: str, overrides: Sequence[str], out: Path) -> list[Cell]:
     """The cells that each setting is tuned by: every combination of its grid, asked the validation problems."""
     if plan.tune is None:
         return []
     found = []
-    shorter = [override(key, value) for key, value in plan.tune.overrides.items()]
-    for seed, (name, own) in itertools.product(plan.tune.seeds, settings(plan.vary).items()):
-        for trial, tried in settings(plan.tune.grids.get(name, plan.tune.grid)).items():
-            asked = (*overrides, *own, *shorter, *tried, "eval.split=validation", f"seed={seed}")
+    shorter = [*overrides, *(override(key, value) for key, value in plan.tune.overrides.items())]
+    for seed, (name, own) in itertools.product(plan.tune.seeds, of_plan(plan).items()):
+        shared = _fitting(path, own, shorter)
+        for trial, tried in trials_of(plan, path, name).items():
+            asked = (*shared, *own, *tried, "eval.split=validation", f"seed={seed}")
             folder = out / "tuning" / slug(name) / slug(trial) / f"{seed}"
             found.append(Cell(name, seed, asked, folder, trial))
     return found
+
+
+def _fitting(path: str, own: Sequence[str], shared: Sequence[str]) -> list[str]:
+    """The overrides for all settings without those of a stage that this setting's strategy leaves out: they would
+    bring it back."""
+    without = recipes.stages_without(path, recipes.strategy_of(path, own))
+    return [text for text in shared if text.partition(".")[0] not in without]
 
 
 def slug(name: str) -> str:
@@ -103,38 +135,56 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._=,+-]+", "_", name).strip("._") or "recipe"
 
 
-def require(plan: Compare, path: str, every: Sequence[Cell], known: Iterable[str]) -> dict[Cell, Recipe]:
-    """The recipe of every cell. Raises RecipeError for one that does not load, before anything is trained."""
-    names = list(settings(plan.vary))
+def require(plan: Compare, path: str, overrides: Sequence[str]) -> None:
+    """Raises RecipeError for a comparison that is not one: names that clash or mean nothing, keys that two parts of it
+    set."""
+    names = list(of_plan(plan))
     slugs = [slug(name) for name in names]
     if twice := next((name for name, own in zip(names, slugs, strict=True) if slugs.count(own) > 1), None):
         raise RecipeError(f"two settings would share the folder {slug(twice)}", "compare.vary", "rename one of them")
     if "tuning" in slugs:
         raise RecipeError("a setting cannot be called 'tuning'", "compare.vary", "rename the strategy")
-    for what, name in [("compare.baseline", plan.baseline), *(("compare.tune.grids", n) for n in _grids(plan))]:
-        if name is not None and name not in names and (what == "compare.baseline" or name not in known):
-            raise RecipeError(f"no setting is called '{name}'", what, f"one of {', '.join(names)}")
-    return {cell: cell.recipe(path) for cell in every}
-
-
-def _grids(plan: Compare) -> list[str]:
-    return [] if plan.tune is None else list(plan.tune.grids)
+    if plan.baseline is not None and plan.baseline not in names:
+        raise RecipeError(f"no setting is called '{plan.baseline}'", "compare.baseline", f"one of {', '.join(names)}")
+    known = {*names, *recipes.strategies_of(path)}
+    grids = [] if plan.tune is None else list(plan.tune.grids)
+    if unknown := next((name for name in grids if name not in known), None):
+        raise RecipeError(f"no setting is called '{unknown}'", "compare.tune.grids", f"one of {', '.join(names)}")
+    settled: dict[str, Any] = {"seed": plan.seeds, **plan.vary, **({} if plan.tune is None else plan.tune.overrides)}
+    for grid in [] if plan.tune is None else [plan.tune.grid, *plan.tune.grids.values()]:
+        if both := next((key for key in grid if key in plan.vary), None):
+            raise RecipeError(f"{both} is varied and tuned", "compare.tune", "leave it out of one of the two")
+        settled |= grid
+    if set_twice := next((text for text in overrides if text.partition("=")[0] in settled), None):
+        raise RecipeError(
+            "the comparison sets this key itself", set_twice, "give --vary or --no-tune, or change [compare]"
+        )
 
 
 def keys_of(recipe: Recipe, stage: str) -> str:
-    """Everything that a stage's policy hangs on, as one text: the keys that this stage and those before it read."""
+    """Everything of a recipe that a stage's policy hangs on, as one text: the keys that this stage and those before it
+    read, and the content of files of one's own that they name."""
     before = STAGES[: STAGES.index(stage) + 1]
     flat = recipes.flat(recipe.model_dump(mode="json"))
     own = {key: value for key, value in flat.items() if set(readers(key)) & set(before)}
     tables = {s: getattr(recipe, s) is not None for s in before}
-    return json.dumps([own, tables], sort_keys=True, ensure_ascii=False)
+    return json.dumps([own, tables, _contents(own.values())], sort_keys=True, ensure_ascii=False)
 
 
-def adopt(run: Run, siblings: Iterable[Path]) -> list[str]:
+def _contents(values: Iterable[Any]) -> dict[str, str]:
+    """Path → digest of every file that a value names, alone or before the name of something in it."""
+    named = {text for value in values if isinstance(value, str) for text in (value, value.rpartition(":")[0])}
+    files = {text: Path(text) for text in named if text and len(text) < 4096 and "\n" not in text}
+    return {text: hashlib.sha256(file.read_bytes()).hexdigest() for text, file in files.items() if file.is_file()}
+
+
+def adopt(run: Run, siblings: Iterable[Path], base: str | None = None) -> list[str]:
     """Takes over, from other cells that are finished with it, the policies that this run would train in the same way,
-    and the samples it would draw alike. Returns what was taken, in words."""
+    and the samples it would draw alike. Returns what was taken, in words. `base` is the fingerprint of the base as it
+    is today, where it may have changed."""
     taken = []
-    others = [Run.read(folder) for folder in siblings if folder != run.folder and is_run(folder)]
+    read = [Run.read(folder) for folder in siblings if folder != run.folder and is_run(folder)]
+    others = [other for other in read if _of_one_kind(run, other, base)]
     for stage in ("pretrain", "sft"):
         if getattr(run.recipe, stage) is None or run.begun(stage):
             continue
@@ -149,6 +199,17 @@ def adopt(run: Run, siblings: Iterable[Path]) -> list[str]:
             run.add_samples(found.samples(policy))
             taken.append(f"samples of {policy} of {found.folder}")
     return taken
+
+
+def _of_one_kind(run: Run, other: Run, base: str | None) -> bool:
+    """Whether what both read is the same today as it was then: rows, base, versions, precision."""
+    known = (other.read_json("base.json") or {}).get("fingerprint")
+    if base is not None and known not in (None, base):
+        return False
+    ours, theirs = (each.read_json("env.json") for each in (run, other))
+    same = all(ours.get(key) == theirs.get(key) for key in ("versions", "precision", "device"))
+    rows = [(each.read_json("data.json") or {}).get("digest") for each in (run, other)]
+    return same and rows[0] == rows[1]
 
 
 def _take_policy(run: Run, other: Run, stage: str) -> None:
@@ -173,7 +234,7 @@ def _same_samples(run: Run, other: Run, policy: str) -> bool:
     """Whether the other run has drawn all that this one would draw from a policy, and this one nothing yet."""
     if policy not in run.policies or policy not in other.policies or not other.finished("eval"):
         return False
-    stage = other.stage_of(policy) if policy != "base" or run.recipe.model is None else "pretrain"
+    stage = other.stage_of(policy)
     same = run.recipe.eval == other.recipe.eval and run.recipe.reward == other.recipe.reward
     if not same or keys_of(run.recipe, stage) != keys_of(other.recipe, stage):
         return False
@@ -201,7 +262,7 @@ def named_runs(runs: Sequence[Run]) -> list[tuple[str, Run]]:
     for run, own in zip(runs, flat, strict=True):
         alike = [other for other in flat if other.get("name") == own.get("name")]
         keys = sorted({key for other in alike for key in other | own if other.get(key) != own.get(key)} - {"seed"})
-        differing = [f"{key.rpartition('.')[2]}={_shown(own[key])}" for key in keys if own.get(key) is not None]
+        differing = [f"{key}={own[key]}" for key in keys if own.get(key) is not None]
         named.append((" ".join([*([own["name"]] if own.get("name") else []), *differing]) or "recipe", run))
     return named
 
@@ -244,7 +305,7 @@ def with_options(plan: Compare, vary: Grid, seeds: list[int] | None, baseline: s
     """The recipe's table with what the command line says instead."""
     given: dict[str, Any] = {"vary": vary or None, "seeds": seeds, "baseline": baseline}
     changed = {key: value for key, value in given.items() if value is not None}
-    if vary and baseline is None and plan.baseline not in settings(vary):
+    if vary and baseline is None and plan.baseline not in of_plan(plan.model_copy(update={"vary": vary})):
         changed["baseline"] = None
     try:
         return Compare.model_validate(plan.model_dump() | changed)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from heatbath.errors import RunError
-from heatbath.ideas.intervals import Crossed, Floats, crossed, holm
+from heatbath.ideas.intervals import Floats, crossed, holm
 from heatbath.ideas.passk import pass_at_k
 from heatbath.report import costs
 from heatbath.report.scores import scored
@@ -46,7 +47,7 @@ def _setting(runs: Mapping[int, Run]) -> dict[str, Any]:
     scores: dict[str, dict[str, Any]] = {}
     for task in _tasks(runs):
         values = _values(runs, task)
-        scores[task] = {policy: {str(k): _numbers(x) for k, x in ks.items()} for policy, (_, ks) in values.items()}
+        scores[task] = {policy: {str(k): _numbers(x) for k, x in own.values.items()} for policy, own in values.items()}
     return {
         "seeds": list(runs),
         "tasks": scores,
@@ -77,7 +78,20 @@ def _tasks(runs: Mapping[int, Run]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-Values = dict[str, tuple[list[int], dict[int, Floats]]]  # policy → seeds, and k → values [S, Q]
+@dataclass(frozen=True)
+class Scored:
+    """pass@k of a policy, [S, Q] by k, of these seeds and problems."""
+
+    seeds: list[int]
+    problems: list[str]
+    values: dict[int, Floats]
+
+    def of(self, seeds: Sequence[int], problems: Sequence[str], k: int) -> Floats:
+        rows, columns = [self.seeds.index(s) for s in seeds], [self.problems.index(p) for p in problems]
+        return self.values[k][np.ix_(rows, columns)]
+
+
+Values = dict[str, Scored]  # by policy
 
 
 def _values(runs: Mapping[int, Run], task: str) -> Values:
@@ -98,7 +112,9 @@ def _values(runs: Mapping[int, Run], task: str) -> Values:
     out: Values = {}
     for policy, by_seed in found.items():
         shared = sorted(set.intersection(*(set(ks) for ks in by_seed.values())))
-        out[policy] = (list(by_seed), {k: np.stack([ks[k] for ks in by_seed.values()]) for k in shared})
+        out[policy] = Scored(
+            list(by_seed), asked[policy], {k: np.stack([ks[k] for ks in by_seed.values()]) for k in shared}
+        )
     return out
 
 
@@ -108,30 +124,31 @@ def _last(runs: Mapping[int, Run]) -> str | None:
 
 
 def _compared(values: Mapping[str, Values], baseline: str | None) -> list[dict[str, Any]]:
-    """Differences of the last policies, first to the baseline, then between the others; `p_holm` within each k and each
-    of the two families."""
-    names = list(values)
-    rows: list[dict[str, Any]] = []
-    for a, b in itertools.combinations(names, 2):
+    """Differences of the last policies over the seeds and problems that both have, first to the baseline, then between
+    the others; p is corrected (Holm) within each k and each of the two families, and `mde` is for its hardest step."""
+    found: list[tuple[dict[str, Any], Floats]] = []
+    for a, b in itertools.combinations(values, 2):
         first, second = (b, a) if b == baseline else (a, b)
-        (seeds_a, ks_a), (seeds_b, ks_b) = (list(values[name].values())[-1] for name in (first, second))
-        seeds = [seed for seed in seeds_a if seed in seeds_b]
-        for k in [k for k in ks_a if k in ks_b] if seeds else ():
-            before = ks_a[k][[seeds_a.index(seed) for seed in seeds]]
-            after = ks_b[k][[seeds_b.index(seed) for seed in seeds]]
-            if before.shape != after.shape:
-                continue
+        before, after = (list(values[name].values())[-1] for name in (first, second))
+        seeds = [seed for seed in before.seeds if seed in after.seeds]
+        problems = [problem for problem in before.problems if problem in set(after.problems)]
+        for k in [k for k in before.values if k in after.values] if seeds and problems else ():
             row = {"from": first, "to": second, "k": k, "seeds": seeds, "to_baseline": first == baseline}
-            rows.append(row | _difference(crossed(after - before), after - before))
-    for k, family in itertools.product(sorted({row["k"] for row in rows}), (True, False)):
-        own = [row for row in rows if row["k"] == k and row["to_baseline"] == family and row["p"] is not None]
-        for row, p in zip(own, holm([row["p"] for row in own]) if own else (), strict=True):
+            found.append((row, after.of(seeds, problems, k) - before.of(seeds, problems, k)))
+    for k, family in itertools.product(sorted({row["k"] for row, _ in found}), (True, False)):
+        own = [(row, values) for row, values in found if row["k"] == k and row["to_baseline"] == family]
+        for row, values_of in own:
+            row |= _difference(values_of, len(own))
+        tested = [row for row, _ in own if row["p"] is not None]
+        for row, p in zip(tested, holm([row["p"] for row in tested]) if tested else (), strict=True):
             row["p_holm"] = float(p)
-    return sorted(rows, key=lambda row: not row["to_baseline"])
+    return sorted((row for row, _ in found), key=lambda row: not row["to_baseline"])
 
 
-def _difference(found: Crossed, values: Floats) -> dict[str, Any]:
-    numbers = {"p": found.p, "mde": found.mde, "of_seeds": found.of_trainings, "of_problems": found.of_questions}
+def _difference(values: Floats, tests: int) -> dict[str, Any]:
+    """Of [S, Q], one of so many tests: mean, interval and p as they stand alone, `mde` at a level divided by all."""
+    found, strict = crossed(values), crossed(values, confidence=1 - LEVEL / tests)
+    numbers = {"p": found.p, "mde": strict.mde, "of_seeds": found.of_trainings, "of_problems": found.of_questions}
     known = {key: None if math.isnan(value) else value for key, value in numbers.items()}
     return found.estimate.numbers() | known | {"each": values.mean(axis=1).tolist(), "problems": values.shape[1]}
 
@@ -149,19 +166,20 @@ def verdict(found: Mapping[str, Any], task: str = OWN_TEST) -> list[str]:
         return ["Nothing can be compared yet."]
     k, baseline = min(row["k"] for row in rows), found["baseline"]
     own = [row for row in rows if row["k"] == k and row["to_baseline"]]
-    if all(row["p"] is None for row in own):
+    if all(row["p"] is None for row in rows):
         return ["One seed: how far another training of the same setting would lie from these is unknown."]
+    if not own:
+        return [f"The baseline, {baseline}, has no results yet.", _ahead(found, rows, k, task)]
     said = []
     for word, sign in (("better", 1), ("worse", -1)):
         names = [f"{row['to']} ({_signed(row['mean'])})" for row in own if decided(row) and row["mean"] * sign > 0]
         if names:
             said.append(f"At pass@{k} {word} than {baseline}: {', '.join(names)}.")
-    open_ = [row["to"] for row in own if not decided(row)]
+    open_ = [row for row in own if not decided(row)]
     if open_:
-        least = max((row["mde"] or 0.0) for row in own if row["to"] in open_)
-        said.append(
-            f"Not decided against {baseline}: {', '.join(open_)}; differences up to {least:.3f} would be missed."
-        )
+        least = max((row["mde"] or 0.0) for row in open_)
+        missed = f"a true difference below {least:.3f} may well be missed"
+        said.append(f"Not decided against {baseline}: {', '.join(row['to'] for row in open_)}; {missed}.")
     return [*said, _ahead(found, rows, k, task)]
 
 
@@ -169,17 +187,19 @@ def _ahead(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], k: int, 
     """Whether the highest setting is ahead of every other."""
     scores = {}
     for name, own in found["settings"].items():
-        if policies := own["tasks"].get(task):
-            last = list(policies.values())[-1]
+        policies = own["tasks"].get(task, {})
+        if policies and str(k) in (last := list(policies.values())[-1]):
             scores[name] = last[str(k)]["mean"]
     best = max(scores, key=lambda name: scores[name])
-    against = [row for row in rows if row["k"] == k and best in (row["from"], row["to"])]
-    level = [row["from"] if row["to"] == best else row["to"] for row in against if not decided(row)]
-    if not level:
-        return f"{best} is ahead of every other setting."
-    return (
-        f"The highest mean is that of {best}, which these data do not tell from {', '.join(level)}: no ranking of them."
-    )
+    against = {row["from"] if row["to"] == best else row["to"]: row for row in rows if best in (row["from"], row["to"])
+               and row["k"] == k}  # fmt: skip
+    missing = [name for name in found["settings"] if name != best and name not in against]
+    level = [name for name, row in against.items() if not decided(row)]
+    if level:
+        return f"The highest mean is that of {best}, which these data do not tell from {', '.join(level)}."
+    if missing:
+        return f"{best} is ahead of the others so far; not compared yet: {', '.join(missing)}."
+    return f"{best} is ahead of every other setting."
 
 
 def _signed(value: float) -> str:
