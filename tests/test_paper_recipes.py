@@ -13,7 +13,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 from conftest import small_tokenizer
 from heatbath import published
-from heatbath.cli import _name
+from heatbath.cli_options import name_of
 from heatbath.errors import DataError, RecipeError
 from heatbath.recipe import Recipe, load, parse, shipped, strategies_of
 from heatbath.stages import cost, memory
@@ -114,7 +114,7 @@ def test_published_settings_of_strategies(backbone: str, beta: float) -> None:
 
 
 def test_the_default_folder_keeps_the_dot_of_the_name() -> None:
-    assert {_name(given) for given in (QWEN, f"recipes/{QWEN}.toml", f"/x/{QWEN}.toml")} == {QWEN}
+    assert {name_of(given) for given in (QWEN, f"recipes/{QWEN}.toml", f"/x/{QWEN}.toml")} == {QWEN}
 
 
 def test_the_first_version_smoothed_the_base_of_llama() -> None:

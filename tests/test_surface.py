@@ -36,6 +36,7 @@ COMMANDS = {
     "shift": ["--data", "--fresh", "--json", "--on", "--out", "--verbose", "-v"],
     "grade": ["--deadline", "--fresh", "--json", "--kind", "--out", "--profile", "--workers"],
     "report": ["--json", "--out"],
+    "export": ["--adapter", "--dtype", "--json", "--out", "--policy", "--push", "--verbose", "-v"],
     "recipes": ["--json", "--policies", "--strategies", "--tasks"],
     "doctor": ["--json"],
 }
