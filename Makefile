@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 10000
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow check docs format clean
 
 demo: $(READY)
 	@test ! -e $(OUT)/report.html || { echo "$(OUT) holds a finished run: open $(OUT)/report.html, or make demo OUT=$(OUT)-2"; exit 1; }
@@ -34,6 +34,11 @@ check: $(READY_DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_surface.py tests/test_recipes.py tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs: $(READY_DEV)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "the site: site/index.html"
 
 format: $(READY_DEV)
 	$(BIN)/ruff check --fix .
@@ -54,4 +59,4 @@ $(READY_DEV): $(READY)
 	@touch $(READY_DEV)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache site
