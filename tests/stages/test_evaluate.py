@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from forked import Forked
 from heatbath import models, samples
 from heatbath.data.sources import load as load_data
 from heatbath.data.tasks import Task
@@ -257,23 +255,23 @@ def test_an_evaluation_killed_anywhere_loses_at_most_the_batch_in_flight(small_b
     whole, found = evaluated(tmp_path / "whole", made)
     killed = Run(tmp_path / "killed", made).write()
     path, kept, kills = killed.folder / "samples.jsonl.gz", 0, 0
-    command = [sys.executable, "-m", "heatbath", "eval", str(killed.folder), "--json"]
+    command = ("eval", str(killed.folder), "--json")
     for stop in (8, 40, 80):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = Forked(*command, cwd=tmp_path)
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline and len(samples.read(path)) < stop:
             time.sleep(0.001)
         if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             kills += 1
-        process.communicate()
+        process.wait()
         there = len(samples.read(path))
         assert there >= kept and there % 4 == 0, "only whole batches, and none that was kept is lost"
         kept = there
     assert kills >= 2
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    ours = json.loads(done.stdout)
+    last = Forked(*command, cwd=tmp_path)
+    assert last.wait(200) == 0, last.said()
+    ours = json.loads(last.said())
     assert {key: ours[key] for key in found} == json.loads(json.dumps(found))
     facts = ("problem", "seed", "ids", "completion", "status")
     drawn = sorted([[row[key] for key in facts] for row in run.samples()] for run in (killed, whole))

@@ -1,16 +1,14 @@
 """A stage killed in the middle and resumed ends in the very weights of the uninterrupted one, bit for bit."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from forked import Forked
 from heatbath import samples as kept
 from heatbath.opening import Opening, open_run
 from heatbath.progress import Progress
@@ -57,21 +55,10 @@ max_new_tokens = 28
 TIMED = ("time", "tokens_per_second", "step_seconds")
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "heatbath", *arguments],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ,
-    )
-
-
 def kill_at(folder: Path, stage: str, step: int, *arguments: str) -> int:
     """Starts the stage and kills it with -9 as soon as it has logged that step; returns the step of the newest complete
     checkpoint, which is an earlier or a slightly later one."""
-    process = start(folder, *arguments)
+    process = Forked(*arguments, cwd=folder)
     out = folder / arguments[arguments.index("--out") + 1]
     log, deadline = out / "metrics.jsonl", time.monotonic() + 240
     try:
@@ -80,8 +67,8 @@ def kill_at(folder: Path, stage: str, step: int, *arguments: str) -> int:
             if any(row["stage"] == stage and row["step"] >= step for row in rows):
                 break
             time.sleep(0.002)
-        assert process.poll() is None, f"the stage ended before it could be killed\n{process.communicate()[0]}"
-        process.send_signal(signal.SIGKILL)
+        assert process.poll() is None, f"the stage ended before it could be killed\n{process.said()}"
+        process.kill()
         assert process.wait() == -signal.SIGKILL
     finally:
         if process.poll() is None:
