@@ -110,8 +110,8 @@ def test_stages_one_by_one_are_the_same_run(finished: Path) -> None:
     assert ours == theirs
     code, said = call(folder, "sft small.toml sft.epochs=3 --out runs/steps")
     assert code == 1 and "already trained" in said
-    reported = heatbath("report", "runs/steps", cwd=folder)
-    assert reported.returncode == 0 and Path(folder, reported.stdout.strip()).is_file()
+    code, said = call(folder, "report runs/steps")
+    assert code == 0 and (folder / "runs" / "steps" / "report.html").is_file(), said
 
 
 def test_dry_run_counts_what_the_run_then_does(finished: Path) -> None:
@@ -145,8 +145,8 @@ def test_an_evaluation_cut_off_in_the_middle_ends_as_if_it_had_not_been(finished
             samples.add(path, rows[first : first + 9])
         path.write_bytes(path.read_bytes()[:-9])
         assert samples.read(path) == rows[:18]
-        done = heatbath("eval", "runs/small", "--json", cwd=finished.parents[1])  # the run's own recipe
-        assert done.returncode == 0, done.stderr
+        code, said = call(finished.parents[1], "eval runs/small --json")  # the run's own recipe
+        assert code == 0, said
         again = samples.read(path)
         assert again[:18] == rows[:18] and len(again) == 60
         key = lambda row: (row["policy"], row["problem"], row["seed"])  # noqa: E731
