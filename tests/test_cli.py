@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from heatbath import cli
+from heatbath import cli, cli_stages
 from heatbath.allocator import keep_freed_memory
 
 
@@ -71,7 +71,7 @@ def test_interrupting_exits_130(monkeypatch, capsys, tmp_path: Path, small_base:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_call", interrupted)
+    monkeypatch.setattr(cli_stages, "_call", interrupted)
     assert call(monkeypatch, "run", "demo", f"model={small_base}", "--out", str(tmp_path / "r")) == 130
     error = capsys.readouterr().err
     assert "Traceback" not in error and "interrupted" in error and str(tmp_path / "r") in error.replace("\n", "")
