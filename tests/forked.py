@@ -30,8 +30,8 @@ class Forked:
         self.process.join(timeout)
         return self.process.exitcode
 
-    def kill(self) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
+        os.kill(self.process.pid, how)
 
     def said(self) -> str:
         """What it printed, once it has ended."""

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from forked import Forked
 from heatbath import samples
 from heatbath.recipe import comparison
 from heatbath.stages.compare import Comparison, listed
@@ -193,19 +193,23 @@ def test_a_comparison_killed_anywhere_ends_as_if_it_had_not_been(study: Path) ->
             assert all(values[0] == theirs[name]["shift"][arrow][measure][0] for measure, values in measures.items())
 
 
-def test_the_death_of_the_command_ends_its_cells(study: Path) -> None:
-    command = [sys.executable, "-m", "heatbath", "compare", "study.toml", "--seeds", "5,6", "--out", "orphans"]
-    process = subprocess.Popen(command, cwd=study, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((study / "orphans").glob("*/*.log")):
+def begun(study: Path, out: str, *more: str) -> Forked:
+    """A comparison of which a cell has begun."""
+    process = Forked("compare", "study.toml", "--out", out, *more, cwd=study)
+    while not list((study / out).glob("*/*.log")):
         assert process.poll() is None
         time.sleep(0.1)
+    return process
+
+
+def test_the_death_of_the_command_ends_its_cells(study: Path) -> None:
+    process = begun(study, "orphans", "--seeds", "5,6")
     process.kill()
     process.wait()
     ends_at = time.monotonic() + 60
     while (alive := working_on(study / "orphans")) and time.monotonic() < ends_at:
         time.sleep(0.2)
     assert not alive
-    shutil.rmtree(study / "orphans")
 
 
 def working_on(folder: Path) -> list[str]:
@@ -221,14 +225,9 @@ def working_on(folder: Path) -> list[str]:
 
 
 def test_an_interrupt_saves_and_is_told(study: Path) -> None:
-    command = [sys.executable, "-m", "heatbath", "compare", "study.toml", "--seeds", "7", "--out", "stopped"]
-    process = subprocess.Popen(command, cwd=study, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not list((study / "stopped").glob("*/*.log")):
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=90)
-    assert process.returncode == 130 and "the same command goes on" in said
+    process = begun(study, "stopped", "--seeds", "7")
+    process.kill(signal.SIGINT)
+    assert process.wait(90) == 130 and "the same command goes on" in process.said()
     assert not working_on(study / "stopped")
 
 
@@ -259,10 +258,9 @@ def test_a_cell_of_another_recipe_is_not_counted(study: Path, small_base: Path) 
 
 
 def test_two_processes_share_the_work(study: Path) -> None:
-    command = [sys.executable, "-m", "heatbath", "compare", "study.toml", "--seeds", "0", "--out", "shared", "--json"]
-    both = [subprocess.Popen(command, cwd=study, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
-    assert [process.communicate(timeout=300)[1] for process in both] == [b"", b""]
-    assert [process.returncode for process in both] == [0, 0]
+    both = [Forked("compare", "study.toml", "--seeds", "0", "--out", "shared", "--json", cwd=study) for _ in range(2)]
+    assert [process.wait(300) for process in both] == [0, 0]
+    assert all(json.loads(process.said())["cells"] == 3 for process in both), "and neither complains"
     attempts = [path.read_text().count("--- attempt") for path in (study / "shared").glob("*/*.log")]
     trained = [path.read_text().count("\nrl (paper)") for path in (study / "shared").glob("*/*.log")]
     assert sum(attempts) > 3 and trained == [1, 1, 1], "each cell was trained by one of them"
