@@ -18,6 +18,7 @@ from heatbath.run import OWN_TEST, write_atomically
 from heatbath.stages import grid_summary
 
 MISSING = "–"
+ALONE = "one seed"  # has no interval
 Found = Mapping[str, Any]
 
 
@@ -58,7 +59,8 @@ def gather(found: Found, name: str) -> dict[str, Any]:
                 "id": f"task-{i}",
                 "title": titles[task],
                 "rows": score_rows(there, task),
-                "differences": difference_rows(found["differences"][task]),
+                "differences": difference_rows([d for d in found["differences"][task] if d["to_baseline"]]),
+                "others": difference_rows([d for d in found["differences"][task] if not d["to_baseline"]]),
                 "figures": [Markup(one) for one in drawn[task].values()],
                 "verdict": grid_summary.verdict(found, task),
             }
@@ -79,17 +81,13 @@ def _state(found: Found, done: Mapping[str, int]) -> str:
     return f"{total} cells" if total == found["cells"] else f"{total} of {found['cells']} cells so far"
 
 
-def _interval(estimate: Found, digits: int = 3) -> str:
-    return tables.interval(estimate, digits=digits)
-
-
 def score_rows(settings: Mapping[str, Found], task: str) -> list[list[str]]:
     """Header and a row per setting and policy: pass@k with intervals over seeds and problems, in the recipe's order."""
     ks = sorted({int(k) for own in settings.values() for policy in own["tasks"].get(task, {}).values() for k in policy})
     rows = [["setting", "policy", "seeds", *(f"pass@{k} [95 % interval]" for k in ks)]]
     for name, own in settings.items():
         for policy, scores in own["tasks"].get(task, {}).items():
-            cells = [_interval(scores[str(k)]) if str(k) in scores else MISSING for k in ks]
+            cells = [tables.interval(scores[str(k)], alone=ALONE) if str(k) in scores else MISSING for k in ks]
             rows.append([name, policy, str(len(own["seeds"])), *cells])
     return rows
 
@@ -101,7 +99,7 @@ def difference_rows(found: Sequence[Found]) -> list[list[str]]:
         p, corrected = (MISSING if row.get(key) is None else tables.p_value(row[key]) for key in ("p", "p_holm"))
         mde = MISSING if row["mde"] is None else f"{row['mde']:.3f}"
         said = ("better" if row["mean"] > 0 else "worse") if grid_summary.decided(row) else "no"
-        interval = tables.interval(row, signed=True, digits=3)
+        interval = tables.interval(row, signed=True, alone=ALONE)
         rows.append(
             [f"{row['from']} → {row['to']}", str(row["k"]), interval, p, corrected, str(len(row["seeds"])), mde, said]
         )

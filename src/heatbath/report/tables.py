@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 
-def interval(estimate: Mapping[str, Any], *, signed: bool = False, digits: int = 3) -> str:
-    """`0.740 [0.680, 0.800]`, with a sign for a difference."""
+def interval(
+    estimate: Mapping[str, Any], *, signed: bool = False, digits: int = 3, alone: str = "one problem, no interval"
+) -> str:
+    """`0.740 [0.680, 0.800]`, with a sign for a difference; `alone` says why there is no interval."""
     form = f"{'+' if signed else ''}.{digits}f"
     found = [estimate[key] for key in ("mean", "low", "high")]
     mean, *ends = (f"{round(x, digits) + 0.0:{form}}" for x in found if x is not None)
-    return f"{mean} [{', '.join(ends)}]" if ends else f"{mean} (one problem, no interval)"
+    return f"{mean} [{', '.join(ends)}]" if ends else f"{mean} ({alone})"
 
 
 def results_rows(results: Mapping[str, Any]) -> list[list[str]]:
