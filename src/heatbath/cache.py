@@ -244,8 +244,12 @@ class CachedBase:
 
     def view(self, inputs: Mapping[str, Tensor], labels: Tensor) -> BaseView:
         """Raises RunError where a sequence of the batch is not in the cache."""
-        logps, hiddens, places, start = [], [], [], 0
+        nothing_yet = torch.zeros(0)
+        logps, hiddens, places = [nothing_yet], [self._head[:0].to("cpu", self.cache.dtype)], [nothing_yet.long()]
+        start = 0
         for ids, row_labels in sequences(inputs, labels):
+            if all(label == IGNORE for label in row_labels[1:]):
+                continue
             row = self.cache.row(ids, row_labels)
             if row is None:
                 raise RunError(

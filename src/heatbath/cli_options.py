@@ -31,6 +31,9 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: drop what the 
 Change = Annotated[
     list[str] | None, typer.Option("--change", help="A key that may differ from the run's recipe; may be repeated.")
 ]
+Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Processes on this machine, one per GPU (or on a CPU).")]
+Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Machines; the same command runs on each (docs/scale.md).")]
+Sharding = Annotated[str, typer.Option("--sharding", help="ddp, fsdp2, zero2, or a configuration file of accelerate.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, nothing else.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show the libraries' own messages and tracebacks.")]
 

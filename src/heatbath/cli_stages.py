@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from heatbath import ranks
 from heatbath.allocator import keep_freed_memory
 from heatbath.cli_options import (
     Change,
     DryRun,
     Fresh,
+    Gpus,
     Json,
+    Nodes,
     Out,
     Overrides,
     RecipeArgument,
     Resume,
+    Sharding,
     Verbose,
     app,
     name_of,
@@ -41,11 +45,14 @@ def run(
     resume: Resume = False,
     fresh: Fresh = False,
     change: Change = None,
+    gpus: Gpus = 1,
+    nodes: Nodes = 1,
+    sharding: Sharding = "ddp",
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """All stages of a recipe: sft, preference or rl, eval, report."""
-    _stage("run", recipe, overrides, dry_run, out, (resume, fresh, change), json, verbose)
+    _stage("run", recipe, overrides, dry_run, out, (resume, fresh, change), (gpus, nodes, sharding), json, verbose)
 
 
 @app.command()
@@ -57,11 +64,14 @@ def sft(
     resume: Resume = False,
     fresh: Fresh = False,
     change: Change = None,
+    gpus: Gpus = 1,
+    nodes: Nodes = 1,
+    sharding: Sharding = "ddp",
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """The warm start alone: base to init."""
-    _stage("sft", recipe, overrides, dry_run, out, (resume, fresh, change), json, verbose)
+    _stage("sft", recipe, overrides, dry_run, out, (resume, fresh, change), (gpus, nodes, sharding), json, verbose)
 
 
 @app.command()
@@ -73,11 +83,14 @@ def rl(
     resume: Resume = False,
     fresh: Fresh = False,
     change: Change = None,
+    gpus: Gpus = 1,
+    nodes: Nodes = 1,
+    sharding: Sharding = "ddp",
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Reinforcement learning alone: init (or base) to final."""
-    _stage("rl", recipe, overrides, dry_run, out, (resume, fresh, change), json, verbose)
+    _stage("rl", recipe, overrides, dry_run, out, (resume, fresh, change), (gpus, nodes, sharding), json, verbose)
 
 
 @app.command("eval")
@@ -90,11 +103,15 @@ def evaluate(
     fresh: Fresh = False,
     change: Change = None,
     rescore: Annotated[bool, typer.Option("--rescore", help="Grade the samples there are again; sample none.")] = False,
+    gpus: Gpus = 1,
+    nodes: Nodes = 1,
+    sharding: Sharding = "ddp",
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Sample, grade and compare the policies a run has so far."""
-    _stage("rescore" if rescore else "eval", recipe, overrides, dry_run, out, (resume, fresh, change), json, verbose)
+    stage = "rescore" if rescore else "eval"
+    _stage(stage, recipe, overrides, dry_run, out, (resume, fresh, change), (gpus, nodes, sharding), json, verbose)
 
 
 def _stage(
@@ -104,9 +121,11 @@ def _stage(
     dry_run: bool,
     out: Path | None,
     opening: tuple[bool, bool, list[str] | None],
+    processes: tuple[int, int, str],
     json: bool,
     verbose: bool,
 ) -> None:
+    from heatbath.launch import Launch
     from heatbath.opening import Opening, open_run
     from heatbath.recipe import load
 
@@ -125,30 +144,41 @@ def _stage(
 
     folder = out or Path("runs") / name_of(recipe)
     stages = {"run": pipeline.stages_of(loaded), "rescore": ("eval",)}.get(stage, (stage,))
-    whole = stage == "run"
+    whole, launch = stage == "run", Launch(*processes)
+    arguments = [a for a in sys.argv[1:] if a not in ("--dry-run", "--json")]
     if dry_run:
         from heatbath.stages import plan
 
-        found = plan.plan(loaded, stages, [a for a in sys.argv[1:] if a not in ("--dry-run", "--json")])
+        found = plan.plan(loaded, stages, arguments, launch)
         found["folder"] = plan.folder_line(folder, loaded, stages, how, whole)
         typer.echo(jsonlib.dumps(found, ensure_ascii=False) if json else plan.show(found))
         return
     progress = Progress(quiet=json)
+    ranks.join(progress.say)
     if stage == "rescore":
         Run.read(folder)
-    open_run(folder, loaded, stages, how, whole=whole, dry=True)
     splits = None
-    if stage != "rescore":
-        base = loaded.model or "the new base"
-        progress.say(f"run folder: {folder}; checking the data against the tokenizer of {base}")
-        splits, _ = pipeline.check(loaded, stages)
+    if ranks.first():
+        open_run(folder, loaded, stages, how, whole=whole, dry=True)
+        if stage != "rescore":
+            base = loaded.model or "the new base"
+            progress.say(f"run folder: {folder}; checking the data against the tokenizer of {base}")
+            splits, _ = pipeline.check(loaded, stages)
+    if launch.several and ranks.count() == 1:
+        launch.require(loaded, stages)
+        raise typer.Exit(launch.run(sys.argv[1:], progress.say))
     with Run(folder, loaded).locked():
-        opened = open_run(folder, loaded, stages, how, whole=whole, say=progress.say)
-        if splits is not None:
-            opened.write_json("data.json", splits.report())
-            for note in splits.notes:
-                progress.say(note)
+        if ranks.first():
+            opened = open_run(folder, loaded, stages, how, whole=whole, say=progress.say)
+            if splits is not None:
+                opened.write_json("data.json", splits.report())
+                for note in splits.notes:
+                    progress.say(note)
+        ranks.wait()
+        opened = Run(folder, loaded)
         result = _finish(stage, opened, loaded, progress)
+    if not ranks.first():
+        return
     if json:
         typer.echo(jsonlib.dumps({"run": str(folder), **(result or {})}))
     else:
@@ -159,7 +189,8 @@ def _finish(stage: str, opened: Run, loaded: Recipe, progress: Progress) -> dict
     try:
         return _call(stage, opened, loaded, progress)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; --resume goes on with {opened.folder}", err=True)
+        if ranks.first():
+            typer.echo(f"interrupted; --resume goes on with {opened.folder}", err=True)
         raise typer.Exit(130) from None
 
 
@@ -172,7 +203,7 @@ def _call(stage: str, opened: Run, loaded: Recipe, progress: Progress) -> dict[s
         from heatbath.stages.pipeline import run_all, run_stage
 
         result = run_all(opened, loaded, progress) if stage == "run" else run_stage(stage, opened, loaded, progress)
-    if stage in ("eval", "rescore"):
+    if stage in ("eval", "rescore") and ranks.first():
         from heatbath.report.page import write_report
 
         write_report(opened)

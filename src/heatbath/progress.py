@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from heatbath import ranks
+
 
 class Progress:
-    """One bar at a time. `quiet` shows nothing (for `--json` and tests)."""
+    """One bar at a time. `quiet` shows nothing (for `--json` and tests), nor does any process but the first."""
 
     def __init__(self, *, quiet: bool = False):
-        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=True, quiet=quiet or not ranks.first(), highlight=False, soft_wrap=True)
         self._bar: Bar | None = None
         self._title, self._total, self._done, self._said = "", 0, 0, 0.0
 

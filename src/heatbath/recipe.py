@@ -126,11 +126,15 @@ def parse(table: dict[str, Any], where: str = "recipe") -> Recipe:
     return made
 
 
+def shipped_folder() -> Path:
+    """Where what comes with the package lies: recipes, and configurations of the launcher."""
+    installed = Path(str(importlib.resources.files("heatbath"))) / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
 def shipped() -> dict[str, Path]:
     """Name → file of the recipes that come with the package."""
-    installed = Path(str(importlib.resources.files("heatbath"))) / "recipes"
-    folder = installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
-    return {p.stem: p for p in sorted(folder.glob("*.toml"))}
+    return {p.stem: p for p in sorted(shipped_folder().glob("*.toml"))}
 
 
 def copy(name: str, to: Path | None = None) -> Path:

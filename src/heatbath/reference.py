@@ -57,6 +57,20 @@ class FrozenBase:
         self._model = [model.eval().requires_grad_(False)]
         self.transform = logit_transform(model)
 
+    def shard(self) -> None:
+        """Spreads the weights over the processes, as FSDP2 does with the policy's: each layer is gathered while it
+        works, the head where it is read."""
+        from torch.distributed.fsdp import fully_shard
+
+        model = self._model[0]
+        body, head = model.base_model, model.get_output_embeddings()
+        kinds = model._no_split_modules or ()
+        for layer in [m for m in body.modules() if type(m).__name__ in kinds]:
+            fully_shard(layer)
+        if head.weight is not model.get_input_embeddings().weight:
+            fully_shard(head)
+        fully_shard(body, reshard_after_forward=True)
+
     @torch.no_grad()
     def hidden(self, **inputs: Tensor) -> Tensor:
         """Final hidden states, [B, T, d], of the same inputs the policy gets."""

@@ -23,8 +23,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from heatbath import ranks, samples
 from heatbath import recipe as recipes
-from heatbath import samples
 from heatbath.errors import BusyError, RecipeError, RunError
 from heatbath.recipe import Recipe
 
@@ -39,7 +39,7 @@ VERSIONED = ("heatbath", "torch", "transformers", "trl", "datasets", "accelerate
 
 
 class Run:
-    """The folder of one run, and the only place that knows its file names."""
+    """The folder of one run, and the only place that knows its file names. Of several processes the first writes."""
 
     def __init__(self, folder: Path, recipe: Recipe):
         self.folder, self.recipe = folder, recipe
@@ -60,6 +60,8 @@ class Run:
 
     def write(self) -> Run:
         """Writes recipe.toml and env.json; returns the run."""
+        if not ranks.first():
+            return self
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "base.json").unlink(missing_ok=True)
         # First what marks the folder as ours: a recipe.toml alone is somebody's own.
@@ -67,6 +69,7 @@ class Run:
         self.write_recipe()
         return self
 
+    @ranks.by_first
     def note_resumed(self) -> None:
         """Adds to env.json when, by which command and with which versions the run was gone on with."""
         env = self.read_json("env.json")
@@ -77,6 +80,9 @@ class Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Nobody else may work on the folder meanwhile. Raises BusyError when somebody does."""
+        if not ranks.first():
+            yield
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / ".lock", timeout=0):
@@ -86,6 +92,7 @@ class Run:
                 "another process is working on this run", str(self.folder), "wait for it, or choose another --out"
             ) from None
 
+    @ranks.by_first
     def write_recipe(self) -> None:
         write_atomically(self.folder / "recipe.toml", recipes.as_toml(self.recipe))
 
@@ -129,10 +136,11 @@ class Run:
         for path in self.working(stage).glob("checkpoint-*"):
             if (path / COMPLETE).is_file():
                 found.append((int(path.name.rpartition("-")[2]), path))
-            else:
+            elif ranks.first():
                 shutil.rmtree(path, ignore_errors=True)
         return max(found)[1] if found else None
 
+    @ranks.by_first
     def complete(self, checkpoint: Path, stage: str) -> None:
         """Marks a checkpoint whose every file is on the disk, with the number of rows the stage had logged by then."""
         write_atomically(checkpoint / COMPLETE, str(len(self.metrics(stage))))
@@ -154,6 +162,7 @@ class Run:
         profiled = measured is not None and (self.folder / measured).exists()
         return profiled or self.finished(stage) or self.working(stage).exists() or bool(self.metrics(stage))
 
+    @ranks.by_first
     def forget(self, stage: str) -> None:
         """Removes everything that a stage has left, with the samples of the policy it made and all results."""
         for name in RESULTS:
@@ -179,6 +188,7 @@ class Run:
         shutil.rmtree(self.working(stage), ignore_errors=True)
         shutil.rmtree(doomed, ignore_errors=True)
 
+    @ranks.by_first
     def _forget_samples(self, policy: str) -> None:
         """Removes the samples of a policy, and the ratings of its answers."""
         if others := [row for row in self.samples() if row["policy"] != policy]:
@@ -188,6 +198,7 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)
         self._keep_rows("judgments.jsonl", lambda row: row["policy"] != policy)
 
+    @ranks.by_first
     def forget_everything(self) -> None:
         """Removes everything that the run has written, and nothing else that lies in its folder."""
         for stage in reversed(STAGES):
@@ -209,15 +220,27 @@ class Run:
                 "--fresh trains it again, or choose another --out",
             )
         unfinished = final.with_name(f".{policy}.unfinished")
+        self._begin(unfinished, stage)
+        ranks.wait()
+        yield unfinished
+        ranks.wait()
+        self._end(unfinished, final, stage)
+        ranks.wait()
+
+    @ranks.by_first
+    def _begin(self, unfinished: Path, stage: str) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         last = self.last_checkpoint(stage)
         kept = itertools.count(0 if last is None else -int((last / COMPLETE).read_text()))
         self._keep_rows("metrics.jsonl", lambda row: row["stage"] != stage or next(kept) < 0)
-        yield unfinished
+
+    @ranks.by_first
+    def _end(self, unfinished: Path, final: Path, stage: str) -> None:
         unfinished.rename(final)
         shutil.rmtree(self.working(stage), ignore_errors=True)
 
+    @ranks.by_first
     def forget_base(self) -> None:
         """The base may be another model from now on."""
         (self.folder / "base.json").unlink(missing_ok=True)
@@ -235,11 +258,13 @@ class Run:
                 "put the former model back, or start anew with another --out",
             )
 
+    @ranks.by_first
     def log(self, stage: str, step: int, values: dict[str, float]) -> None:
         """Appends a row to metrics.jsonl; NaN (the mean reward where nothing was graded) is left out."""
         finite = {k: v for k, v in values.items() if math.isfinite(v)}
         append_jsonl(self.folder / "metrics.jsonl", [{"stage": stage, "step": step, "time": time.time(), **finite}])
 
+    @ranks.by_first
     def add_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Appends rows that another run has logged."""
         append_jsonl(self.folder / "metrics.jsonl", rows)
@@ -254,20 +279,24 @@ class Run:
         rows = [{"task": OWN_TEST} | row for row in [*read_jsonl(former), *samples.read(kept)]]
         return [row for row in rows if policy in (None, row["policy"]) and task in (None, row["task"])]
 
+    @ranks.by_first
     def add_samples(self, rows: list[dict[str, Any]]) -> None:
         """Adds a batch; a kill leaves all of it or nothing."""
         samples.add(self.folder / SAMPLES[0], rows)
 
+    @ranks.by_first
     def replace_samples(self, rows: list[dict[str, Any]]) -> None:
         samples.replace(self.folder / SAMPLES[0], rows)
         (self.folder / SAMPLES[1]).unlink(missing_ok=True)
 
+    @ranks.by_first
     def _keep_rows(self, name: str, wanted: Callable[[dict[str, Any]], bool]) -> None:
         rows = read_jsonl(self.folder / name)
         kept = [row for row in rows if wanted(row)]
         if len(kept) < len(rows):
             write_atomically(self.folder / name, samples.lines(kept))
 
+    @ranks.by_first
     def write_json(self, name: str, value: Any) -> None:
         write_atomically(self.folder / name, json.dumps(value, indent=1) + "\n")
 

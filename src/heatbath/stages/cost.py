@@ -18,7 +18,12 @@ PEAK = 989e12  # dense bf16 operations per second of an H200, NVIDIA's data shee
 TRAINING, SAMPLING = 0.4, 0.1  # of the peak; sampling waits for memory
 LARGE = 1_000_000_000  # parameters, above which a plan shows the cost
 FORWARD, BACKWARD = 2, 4  # operations per parameter and token
-SHARDED = ("weights", "gradients", "optimizer", "head of the base", "old policy", "base")
+# What every device holds only its part of.
+SHARDINGS = {
+    "ddp": (),
+    "zero2": ("gradients", "optimizer"),
+    "fsdp2": ("weights", "gradients", "optimizer", "head of the base", "old policy", "base"),
+}
 CACHED = "sampling"  # keys and values; every device holds those of its share of the completions
 
 ASSUMED = (
@@ -84,10 +89,11 @@ def eval_work(parameters: int, tokens: int) -> Work:
     return Work(sampled=parameters * FORWARD * tokens)
 
 
-def sharded(parts: Mapping[str, float], devices: int = DEVICES) -> dict[str, float]:
-    """GiB on each of the devices, from those on one: what belongs to parameters is divided, and so are the completions
-    that are sampled; activations and logits are of each device's own micro-batch."""
-    return {name: gib / devices if name in (*SHARDED, CACHED) else gib for name, gib in parts.items()}
+def sharded(parts: Mapping[str, float], devices: int = DEVICES, sharding: str = "fsdp2") -> dict[str, float]:
+    """GiB on each of the devices, from those on one: what is sharded is divided, and so are the completions that are
+    sampled; activations and logits are of each device's own micro-batch."""
+    divided = (*SHARDINGS[sharding], CACHED)
+    return {name: gib / devices if name in divided else gib for name, gib in parts.items()}
 
 
 def summary(work: Mapping[str, Work]) -> dict[str, dict[str, float]]:

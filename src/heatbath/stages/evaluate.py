@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from heatbath import models
+from heatbath import models, ranks
 from heatbath.data import sources
 from heatbath.data.rows import Row
 from heatbath.engines.sampling import Completion, LeftOutError, Sampler, open_sampler, seed_of
@@ -41,14 +41,19 @@ def run_evaluation(run: Run, recipe: Recipe, progress: Progress) -> dict[str, An
         _require_same_conditions(run, exam)
     policies = evaluated(run, recipe)
     left_out = [error for policy in policies for error in sample_policy(run, recipe, policy, asked, progress)]
+    results = ranks.agreed(lambda: _scored(run, recipe, asked, policies, progress))
+    if left_out:
+        raise left_out[0]
+    return results
+
+
+def _scored(run: Run, recipe: Recipe, asked: list[Exam], policies: list[str], progress: Progress) -> dict[str, Any]:
     results = write_results(run, recipe, asked)  # a judge who does not answer must not cost the other scores
     _tell_incomplete(results, progress)
     for exam in (exam for exam in asked if exam.kind == JUDGE):
         for policy in policies:
             judged.judge_answers(run, recipe, exam, policy, progress)
         results = write_results(run, recipe, asked)
-    if left_out:
-        raise left_out[0]
     return results
 
 
@@ -141,6 +146,7 @@ def sample_policy(run: Run, recipe: Recipe, policy: str, asked: list[Exam], prog
 
     Each batch is kept as soon as it is graded: an interrupted evaluation goes on where it stopped.
     """
+    ranks.wait()  # until what the first process has written is there for all to read
     there = run.samples(policy)
     lacking = [
         (exam, judged.missing(run, exam, policy) if exam.kind == JUDGE else missing(there, exam, recipe.seed))
@@ -151,12 +157,14 @@ def sample_policy(run: Run, recipe: Recipe, policy: str, asked: list[Exam], prog
         return left_out
     with _opened(run, recipe, policy) as (sampler, tokenizer):
         for exam, rows in lacking:
+            if not rows:
+                continue
             try:
-                if exam.kind == JUDGE and rows:
-                    judged.sample_answers(run, exam, policy, sampler, tokenizer, recipe.seed, progress)
-                elif rows:
+                if exam.kind != JUDGE:
                     with exam.grader(recipe) as grader:
                         _sample(run, recipe, exam, policy, rows, sampler, tokenizer, grader, progress)
+                elif ranks.first():
+                    judged.sample_answers(run, exam, policy, sampler, tokenizer, recipe.seed, progress)
             except LeftOutError as error:
                 progress.say(f"{policy}, {exam.name}: {error.what}")
                 left_out.append(error)
@@ -218,28 +226,51 @@ def _sample(
     grader: Grader,
     progress: Progress,
 ) -> None:
-    """Samples, grades and keeps what is missing of an exam.
+    """Samples, grades and keeps what is missing of an exam, each process its share.
 
     A draw depends on its problem and number alone, so that neither what was there before nor the other problems of a
     batch change it."""
-    prompts = [exam.prompt_ids(tokenizer, row) for row, _ in lacking]
-    seeds = [seed_of(recipe.seed, exam.name, row.id, number) for row, number in lacking]
+    alone = recipe.eval.engine != "transformers"  # a server is asked by one process
+    own = (lacking if ranks.first() else []) if alone else ranks.share(lacking)
+    left_out: list[LeftOutError] = []
     right = done = 0
     with progress.bar(f"eval {policy} {exam.name}" if exam.task else f"eval {policy}", len(lacking)):
+        graded = _graded(recipe, exam, policy, own, sampler, tokenizer, grader, left_out)
+        for parts in ranks.together(graded):
+            rows = [row for part in parts for row in part]
+            run.add_samples(rows)
+            right, done = right + sum(row["status"] == "right" for row in rows), done + len(rows)
+            progress.update(done, f"right {right / done:.2f}")
+    for error in (error for errors in ranks.gathered(left_out) for error in errors):
+        raise error
+
+
+def _graded(
+    recipe: Recipe,
+    exam: Exam,
+    policy: str,
+    lacking: list[tuple[Row, int]],
+    sampler: Sampler,
+    tokenizer: PreTrainedTokenizerBase,
+    grader: Grader,
+    left_out: list[LeftOutError],
+) -> Iterator[list[dict[str, Any]]]:
+    """The graded samples of each batch; what is said of prompts that the engine does not take goes into `left_out`."""
+    prompts = [exam.prompt_ids(tokenizer, row) for row, _ in lacking]
+    seeds = [seed_of(recipe.seed, exam.name, row.id, number) for row, number in lacking]
+    try:
         for batch in sampler.sample(prompts, exam.sampling, seeds):
             texts = [_text(tokenizer, completion) for completion in batch]
             problems = [lacking[c.prompt][0] for c in batch]
             verdicts = grader.grade(texts, [as_gold(exam.kind, str(row.answer)) for row in problems])  # type: ignore[arg-type]
-            run.add_samples(
-                [
-                    {"task": exam.name, "policy": policy, "seed": seeds[completion.prompt]}
-                    | _kept(exam, row, completion, text)
-                    | {"score": verdict.score, **asdict(verdict)}
-                    for row, completion, text, verdict in zip(problems, batch, texts, verdicts, strict=True)
-                ]
-            )
-            right, done = right + sum(v.status == "right" for v in verdicts), done + len(batch)
-            progress.update(done, f"right {right / done:.2f}")
+            yield [
+                {"task": exam.name, "policy": policy, "seed": seeds[completion.prompt]}
+                | _kept(exam, row, completion, text)
+                | {"score": verdict.score, **asdict(verdict)}
+                for row, completion, text, verdict in zip(problems, batch, texts, verdicts, strict=True)
+            ]
+    except LeftOutError as error:
+        left_out.append(error)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:

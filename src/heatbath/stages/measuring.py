@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from heatbath import models, surprise
+from heatbath import models, ranks, surprise
 from heatbath.cache import CachedBase, Needed, NeededBy, ReferenceCache, everything, nothing
 from heatbath.data.rendering import IGNORE, Rendered
 from heatbath.errors import DataError, RunError
@@ -108,6 +108,19 @@ def settle(
 
     Measured once and stored in surprise.json, with the profile that a user reads before training starts.
     """
+    settled = ranks.agreed(lambda: _settled(run, base, tokenizer, goal, demos, kinds, progress))
+    return dataclasses.replace(goal, **settled) if settled else goal  # type: ignore[type-var]
+
+
+def _settled(
+    run: Run,
+    base: MeasuredBase,
+    tokenizer: PreTrainedTokenizerBase,
+    goal: Objective,
+    demos: list[Rendered],
+    kinds: list[str],
+    progress: Progress,
+) -> dict[str, float]:
     found, source = run.read_json("surprise.json"), source_hash(goal)
     if found is not None and found.get("source") != source:
         raise RunError(
@@ -116,12 +129,11 @@ def settle(
             "put it back, or --fresh",
         )
     if found is not None and ("settled" in found or not (left_open(goal) or hasattr(goal, "calibrate"))):
-        settled = found.get("settled")
-        return dataclasses.replace(goal, **settled) if settled else goal  # type: ignore[type-var]
+        return found.get("settled") or {}
     progress.say("measuring how surprising the base finds the demonstrations")
     measured = demos if left_open(goal) or base.cache is not None else demos[:PROFILE_ROWS]
     nats = base.surprises(measured)
-    settled = {}
+    settled: dict[str, float] = {}
     if left_open(goal):
         goal = surprise.resolve(goal, nats, base.vocab_size)
         settled["beta"] = goal.beta  # type: ignore[attr-defined]
@@ -136,7 +148,7 @@ def settle(
     progress.say(surprise.describe(profile))
     for name, value in settled.items():
         progress.say(f"measured on the base: {name} = {value:.6g}")
-    return goal
+    return settled
 
 
 def source_hash(goal: Objective) -> str | None:

@@ -1,4 +1,4 @@
-"""An estimate of the memory a stage needs, from the model's configuration alone, and the launcher line.
+"""An estimate of the memory a stage needs, from the model's configuration alone.
 
 Weights, gradients and AdamW's two moments are float32 (16 bytes per trained parameter). Activations are counted per
 token and layer. It is an estimate: docs/LOG.md compares it with what was measured.
@@ -96,12 +96,6 @@ def _parts(
 def parameters(recipe: Recipe) -> int:
     """Of the recipe's model, from its configuration."""
     return _shape(_config(recipe))["parameters"]
-
-
-def launch_options() -> list[str]:
-    """Options of `accelerate launch` for one process on this machine; several processes are not offered yet."""
-    gpu = torch.cuda.is_available()
-    return ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", *([] if gpu else ["--cpu"])]
 
 
 def _config(recipe: Recipe) -> Any:

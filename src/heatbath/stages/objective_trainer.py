@@ -19,7 +19,7 @@ from torch import Tensor
 from heatbath.data.rendering import IGNORE
 from heatbath.errors import RunError
 from heatbath.ideas.statistics import Objective
-from heatbath.reference import AdaptersOff, Reference, require_same_vocabulary, sequence_starts
+from heatbath.reference import AdaptersOff, FrozenBase, Reference, require_same_vocabulary, segment_ids, sequence_starts
 from heatbath.stages.fused_forward import add_objective_forward
 from heatbath.stages.training import CARRIED, RowCollator, require_finite
 
@@ -61,6 +61,8 @@ class ObjectiveMixin:
             reference = AdaptersOff(self.model)
         if reference is not None:
             require_same_vocabulary(self.model, reference)
+        if isinstance(reference, FrozenBase) and self.accelerator.is_fsdp2:
+            reference.shard()
         self.objective, self.reference, self.reduction = objective, reference, reduction
         self._sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         self._validated: dict[str, float] = {}
@@ -79,6 +81,8 @@ class ObjectiveMixin:
 
         Counted here for every model: transformers skips it for those that do not take it in their own forward.
         """
+        if batch_samples:
+            self._forget_repeated(batch_samples[-1])
         if self.reduction == "sequence_sum":
             count = sum(_sequences(batch) for batch in batch_samples)
         else:
@@ -122,8 +126,22 @@ class ObjectiveMixin:
         assert num_items_in_batch is not None
         return loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
 
+    def _forget_repeated(self, batch: dict[str, Any]) -> None:
+        """Where the rows of an epoch do not come out even, accelerate gives some processes rows of its beginning once
+        more: nothing is learned from those, nor do they count."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return
+        row = segment_ids(batch, batch["labels"]) - 1
+        if "position_ids" not in batch:  # not packed: a sequence is a row
+            row = torch.arange(len(row), device=row.device)[:, None].expand_as(row)
+        own = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
+        first = self.accelerator.process_index * own
+        batch["labels"] = batch["labels"].masked_fill(first + row >= state.remainder, IGNORE)
+
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None, None]:
         """The loss alone: there are no logits to gather."""
+        self._forget_repeated(inputs)
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 

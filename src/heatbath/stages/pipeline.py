@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heatbath import ranks
 from heatbath.errors import RecipeError
 from heatbath.progress import Progress
 from heatbath.recipe import Recipe
@@ -28,12 +29,13 @@ def run_all(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     progress.say(f"stages: {' → '.join(stages_of(recipe))} (of {evaluated}) → report")
     for stage in stages_of(recipe):
         if stage != "eval":
-            if run.finished(stage):
+            if ranks.agreed(lambda stage=stage: run.finished(stage)):
                 progress.say(f"{stage}: finished before, kept")
             else:
                 run_stage(stage, run, recipe, progress)
     results = run_evaluation(run, recipe, progress)
-    write_report(run)
+    if ranks.first():
+        write_report(run)
     return results
 
 

@@ -7,21 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from heatbath.data import checks, preferences, rendering
 from heatbath.data.rendering import Rendered
 from heatbath.data.rows import Splits
 from heatbath.errors import HeatbathError
+from heatbath.launch import Launch, require_shares
 from heatbath.opening import Opening, open_run
+from heatbath.ranks import micro_batches
 from heatbath.recipe import Recipe
 from heatbath.stages import cost, memory, pipeline, rl, sft
 from heatbath.stages.exams import exams
 
+ALONE = Launch()
 
-def plan(recipe: Recipe, stages: tuple[str, ...], command: list[str]) -> dict[str, Any]:
+
+def plan(recipe: Recipe, stages: tuple[str, ...], command: list[str], launch: Launch = ALONE) -> dict[str, Any]:
     """What these stages would do, after reading the data, rendering the demonstrations and running every check.
-    `command` is the command line without `--dry-run`. Nothing is trained and nothing written."""
+    `command` is the command line without `--dry-run`, `launch` the processes it asks for. Nothing is trained and
+    nothing written."""
+    require_shares(recipe, stages, launch.processes)
     splits, tokenizer = pipeline.check(recipe, stages)
     out: dict[str, Any] = {
         "model": recipe.model or "made by [pretrain]",
@@ -61,8 +68,37 @@ def plan(recipe: Recipe, stages: tuple[str, ...], command: list[str]) -> dict[st
             "memory": {stage: cost.sharded(on_gpus[stage]) for stage in out["memory"]},
             "assumed": cost.ASSUMED,
         }
-    out["command"] = shlex.join(["accelerate", "launch", *memory.launch_options(), "-m", "heatbath", *command])
+    gpu = torch.cuda.is_available() or launch.sharding != "ddp"
+    if launch.several:
+        held = memory.estimate(recipe, longest, longest_prompt, longest_preference, gpu=gpu)
+        out["processes"] = _shared(recipe, {stage: held[stage] for stage in out["memory"]}, launch)
+    out["command"] = shlex.join(launch.command(command, gpu=gpu))
     return out
+
+
+def _shared(recipe: Recipe, held: dict[str, dict[str, float]], launch: Launch) -> dict[str, Any]:
+    """What each of several processes does of a step, and what it holds under each way of sharding."""
+    rows = {
+        "sft": recipe.sft and (recipe.sft.batch, recipe.sft.micro_batch),
+        "preference": recipe.preference and (recipe.preference.batch, recipe.preference.micro_batch),
+        "rl": recipe.rl and (recipe.rl.update_prompts * recipe.rl.group_size, recipe.rl.micro_batch),
+    }
+    return {
+        "count": launch.processes,
+        "nodes": launch.nodes,
+        "sharding": launch.sharding,
+        "micro_batches": {
+            stage: micro_batches(*sizes, launch.processes, stage)
+            for stage, sizes in rows.items()
+            if sizes and stage in held
+        },
+        "memory": {
+            stage: {
+                name: round(sum(cost.sharded(parts, launch.processes, name).values()), 1) for name in cost.SHARDINGS
+            }
+            for stage, parts in held.items()
+        },
+    }
 
 
 def _work(recipe: Recipe, found: dict[str, Any], parameters: int, prompt: float) -> dict[str, cost.Work]:
@@ -202,11 +238,26 @@ def show(found: dict[str, Any]) -> str:
         total = sum(parts.values())
         listed = ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items())
         lines.append(f"memory    {stage}: about {total:.1f} GiB on each device ({listed})")
+    if "processes" in found:
+        lines += _shown_processes(found["processes"])
     if "cost" in found:
         lines += _shown_cost(found["cost"])
     lines += ["checks    passed", *([f"folder    {found['folder']}"] if "folder" in found else [])]
     lines.append(f"launcher  {found['command']}")
     return "\n".join(lines)
+
+
+def _shown_processes(found: dict[str, Any]) -> list[str]:
+    """How the steps are shared, and the memory of each device under each way of sharding."""
+    nodes = f" on {found['nodes']} machines" if found["nodes"] > 1 else ""
+    shares = [f"{stage} {count} × {micro} rows" for stage, (micro, count) in found["micro_batches"].items()]
+    lines = [
+        f"processes {found['count']}{nodes}; each takes of a step: {', '.join(shares) or 'its share of the samples'}"
+    ]
+    for stage, kinds in found["memory"].items():
+        listed = ", ".join(f"{name} {gib:,.1f}" for name, gib in kinds.items())
+        lines.append(f"          {stage}: GiB on each device {listed}")
+    return lines
 
 
 def _shown_cost(found: dict[str, Any]) -> list[str]:

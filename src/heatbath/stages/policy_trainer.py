@@ -25,7 +25,7 @@ from heatbath.ideas.surrogates import ESTIMATORS, Counts, Policy, Rows, informat
 from heatbath.stages import rollouts
 from heatbath.stages.fixed_policies import FixedPolicies
 from heatbath.stages.fused_forward import add_objective_forward
-from heatbath.stages.training import require_finite, without_dropout
+from heatbath.stages.training import own_part, require_finite, without_dropout
 from heatbath.verify.verdict import STATUSES
 
 # What TRL measures, under the name it has here; everything else TRL logs is dropped, above all its "loss", which is
@@ -418,7 +418,7 @@ class _FiniteGradients(transformers.TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: transformers.TrainerState, control: Any, **_: Any) -> None:
-        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+        gradients = [own_part(p.grad) for p in self.trainer.model.parameters() if p.grad is not None]
         if gradients:
             largest = torch.stack([g.abs().max() for g in gradients if g.numel()]).max()
             require_finite(largest, f"a gradient at step {state.global_step + 1}", "lower rl.lr")

@@ -20,7 +20,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from heatbath import models
+from heatbath import models, ranks
 from heatbath.data import checks, preferences, sources
 from heatbath.data.preferences import RenderedPreference
 from heatbath.ideas.preference import Comparison, implicit_reward, una
@@ -271,13 +271,13 @@ def training_arguments(recipe: Recipe, folder: Path) -> trl.DPOConfig:
     """The recipe's [preference] table in TRL's terms."""
     settings = recipe.preference
     assert settings is not None
-    micro = min(settings.micro_batch, settings.batch)
+    micro, accumulated = ranks.micro_batches(settings.batch, settings.micro_batch, ranks.count(), "preference.batch")
     arguments: dict[str, Any] = {
         "output_dir": str(folder),
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": settings.batch // micro,
+        "gradient_accumulation_steps": accumulated,
         "logging_steps": settings.log_every,
         "max_length": None,
         "remove_unused_columns": False,

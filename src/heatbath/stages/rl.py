@@ -16,7 +16,7 @@ import trl
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from heatbath import models
+from heatbath import models, ranks
 from heatbath.data import checks, rendering, sources
 from heatbath.data.rows import Row, Splits
 from heatbath.errors import RunError
@@ -47,7 +47,7 @@ def run_rl(run: Run, recipe: Recipe, progress: Progress) -> None:
         checks.require_vocabulary(tokenizer, model.config)
         if before == "base":
             run.require_same_base(models.fingerprint(model))
-        readiness.measure(run, recipe, splits.prompts, tokenizer, model, grader, progress)
+        ranks.agreed(lambda: readiness.measure(run, recipe, splits.prompts, tokenizer, model, grader, progress))
         trainer = build_trainer(run, recipe, model, tokenizer, splits, reward_functions(recipe.reward, grader))
         shown = ("reward", "informative_share", "truncated_share", "kl_init", "held_out/right")
         log_to_run(trainer, run, "rl", progress, show=shown)
@@ -125,13 +125,14 @@ def training_arguments(recipe: Recipe, folder: Path) -> trl.GRPOConfig:
     """The recipe's [rl] table in TRL's terms."""
     settings = recipe.rl
     assert settings is not None
-    update = settings.update_prompts * settings.group_size // settings.micro_batch
+    rows, processes = settings.update_prompts * settings.group_size, ranks.count()
+    micro, update = ranks.micro_batches(rows, settings.micro_batch, processes, "rl.update_prompts")
     steps = settings.prompts // settings.update_prompts  # of one generation; only between two can the stage be resumed
     arguments: dict[str, Any] = {
         "output_dir": str(folder),
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,
-        "per_device_train_batch_size": settings.micro_batch,
+        "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": update,
         "steps_per_generation": update * steps,
         "num_generations": settings.group_size,
@@ -157,7 +158,9 @@ def _evaluation(settings: RL) -> dict[str, Any]:
         "eval_steps": settings.eval_every,
         "eval_on_start": True,
         "num_generations_eval": 1,
-        "per_device_eval_batch_size": min(settings.eval_prompts, settings.prompts * settings.group_size),
+        "per_device_eval_batch_size": max(
+            1, min(settings.eval_prompts, settings.prompts * settings.group_size) // ranks.count()
+        ),
     }
 
 

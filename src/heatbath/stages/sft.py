@@ -15,7 +15,7 @@ import trl
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from heatbath import models
+from heatbath import models, ranks
 from heatbath.data import checks, sources
 from heatbath.data.rendering import Rendered
 from heatbath.ideas.objectives import objective
@@ -102,14 +102,14 @@ def training_arguments(recipe: Recipe, folder: Path, *, validating: bool) -> trl
     """The recipe's [sft] table in TRL's terms."""
     settings = recipe.sft
     assert settings is not None
-    micro = min(settings.micro_batch, settings.batch)
+    micro, accumulated = ranks.micro_batches(settings.batch, settings.micro_batch, ranks.count(), "sft.batch")
     arguments: dict[str, Any] = {
         "output_dir": str(folder),
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
-        "gradient_accumulation_steps": settings.batch // micro,
+        "gradient_accumulation_steps": accumulated,
         "logging_steps": settings.log_every,
         "eval_strategy": "epoch" if validating else "no",
         "eval_on_start": validating,

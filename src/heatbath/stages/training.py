@@ -27,7 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from heatbath import models
+from heatbath import models, ranks
 from heatbath.data.rendering import IGNORE, Rendered
 from heatbath.errors import RunError
 from heatbath.progress import Progress
@@ -60,6 +60,7 @@ def optimizer_arguments(settings: Optimizer, recipe: Recipe, window: int = 1) ->
         "use_cpu": not gpu,
         "gradient_checkpointing": gpu,  # on a CPU memory is plentiful and time is not
         "dataloader_pin_memory": gpu,
+        "ddp_find_unused_parameters": False,
         "save_strategy": "steps" if settings.save_every else "no",
         "save_steps": max(1, -(-settings.save_every // window) * window),
         "report_to": "none",
@@ -85,6 +86,12 @@ def require_finite(loss: torch.Tensor, where: str, remedy: str) -> None:
         raise RunError(f"{what} is {float(loss.detach())}", where, remedy)
 
 
+def own_part(weight: Any) -> torch.Tensor:
+    """Of a weight or gradient that FSDP2 shards what this process holds; any other as it is."""
+    part: torch.Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
+    return part
+
+
 def log_to_run(trainer: Trainer, run: Run, stage: str, progress: Progress, show: tuple[str, ...]) -> None:
     """Sends what the trainer logs to the run's metrics.jsonl and to the progress line, and nowhere else."""
     trainer.remove_callback(PrinterCallback)
@@ -93,7 +100,7 @@ def log_to_run(trainer: Trainer, run: Run, stage: str, progress: Progress, show:
 
 def train(trainer: Any, run: Run, stage: str, progress: Progress) -> None:
     """Trains from the beginning, or from the stage's last complete checkpoint where there is one."""
-    checkpoint = run.last_checkpoint(stage)
+    checkpoint = ranks.agreed(lambda: run.last_checkpoint(stage))
     if checkpoint is not None:
         progress.say(f"{stage}: going on after step {checkpoint.name.rpartition('-')[2]}")
     trainer.add_callback(_KeepResumable(trainer, run, stage))
@@ -118,12 +125,14 @@ def save_policy(trainer: Trainer, folder: Path) -> None:
 
     Raises RunError instead of saving weights that the last step has made NaN or infinite.
     """
-    broken = [name for name, p in trainer.model.named_parameters() if not bool(torch.isfinite(p).all())]
+    broken = [name for name, p in trainer.model.named_parameters() if not bool(torch.isfinite(own_part(p)).all())]
     if broken:
         raise RunError(
             f"the last step left NaN or infinite weights, first in {broken[0]}", "lr", "lower the learning rate"
         )
     if isinstance(trainer.model, peft.PeftModel):
+        if not ranks.first():
+            return
         trainer.model.save_pretrained(folder / ADAPTER, selected_adapters=["default"])
         trainer.model.merge_and_unload().save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
@@ -225,7 +234,8 @@ class _KeepResumable(TrainerCallback):
         state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not state.is_world_process_zero:
+        ranks.wait()  # each process has its own random states to write
+        if not ranks.first():
             return
         folder = Path(str(args.output_dir))
         checkpoint = folder / f"checkpoint-{state.global_step}"

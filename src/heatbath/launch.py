@@ -1,0 +1,170 @@
+"""Starting the processes of a run: torchrun on a CPU, accelerate on GPUs, one line that is printed before it runs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from heatbath import ranks
+from heatbath.errors import RecipeError
+from heatbath.recipe import Recipe, shipped_folder
+
+OPTIONS = ("--gpus", "--nodes", "--sharding")
+ACCELERATE, TORCHRUN = ("accelerate", "launch"), ("torchrun",)
+PORT = "29500"  # torchrun's own default
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the command line asks for: processes on each machine, machines, and how the weights are sharded over them:
+    the name of a shipped configuration of accelerate (recipes/launch), or a file."""
+
+    gpus: int = 1
+    nodes: int = 1
+    sharding: str = "ddp"
+
+    @property
+    def processes(self) -> int:
+        return self.gpus * self.nodes
+
+    @property
+    def several(self) -> bool:
+        """Whether a launcher is needed."""
+        return self.processes > 1 or self.sharding != "ddp"
+
+    def require(self, recipe: Recipe, stages: Sequence[str]) -> None:
+        """Raises RecipeError where this machine, the recipe or its stages do not go with so many processes."""
+        import torch
+
+        if self.sharding != "ddp" and not torch.cuda.is_available():
+            raise RecipeError(
+                "accelerate shards weights on GPUs only; on a CPU it would run DDP without a word",
+                "--sharding",
+                "leave it out on this machine",
+            )
+        if torch.cuda.is_available() and self.gpus > torch.cuda.device_count():
+            raise RecipeError(
+                f"{self.gpus} GPUs are asked for and {torch.cuda.device_count()} visible",
+                "--gpus",
+                "as many as there are, or look at CUDA_VISIBLE_DEVICES",
+            )
+        if self.nodes > 1 and "MASTER_ADDR" not in os.environ:
+            raise RecipeError(
+                "several machines need one that the others find",
+                "--nodes",
+                "export MASTER_ADDR=<host of the first machine> on each (docs/scale.md has it for SLURM and Ray)",
+            )
+        require_shares(recipe, stages, self.processes)
+
+    def command(self, arguments: Sequence[str], *, gpu: bool) -> list[str]:
+        """The line that starts heatbath with these arguments, on machines with GPUs or without."""
+        own = without_options(arguments)
+        if not self.several:
+            return ["heatbath", *own]
+        host, port = os.environ.get("MASTER_ADDR", "$MASTER_ADDR"), os.environ.get("MASTER_PORT", PORT)
+        if gpu:
+            line = [*ACCELERATE, "--config_file", str(configuration(self.sharding))]
+            line += ["--num_processes", str(self.processes), "--num_machines", str(self.nodes)]
+            if self.nodes == 1:
+                line += ["--main_process_port", "0"]  # a free one
+            else:
+                number = os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID", "0"))
+                line += ["--machine_rank", number, "--rdzv_backend", "c10d"]
+                line += ["--main_process_ip", host, "--main_process_port", port]
+            return [*line, "-m", "heatbath", *own]
+        line = [*TORCHRUN, "--nproc-per-node", str(self.gpus)]
+        if self.nodes == 1:
+            line += ["--standalone"]
+        else:
+            line += ["--nnodes", str(self.nodes), "--rdzv-backend", "c10d", "--rdzv-id", "heatbath"]
+            line += ["--rdzv-endpoint", f"{host}:{port}"]
+        return [*line, "-m", "heatbath", *own]
+
+    def run(self, arguments: Sequence[str], say: Callable[[str], None]) -> int:
+        """Starts the processes and waits for them; returns the exit code: 0, 1, or 130 where they were interrupted."""
+        import torch
+
+        line = self.command(arguments, gpu=torch.cuda.is_available())
+        say(f"starting {self.gpus} processes{' on this machine' * (self.nodes > 1)}: {shlex.join(line)}")
+        for tool, module in ((ACCELERATE, "accelerate.commands.launch"), (TORCHRUN, "torch.distributed.run")):
+            if tuple(line[: len(tool)]) == tool:  # that of this very Python
+                line[: len(tool)] = [sys.executable, "-m", module]
+        environment = os.environ | {ranks.LAUNCHED: str(self.processes)}
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.gpus)))
+        with _Interruptible(subprocess.Popen(line, env=environment)) as started:
+            code = started.process.wait()
+        return 130 if started.interrupted else int(code != 0)
+
+
+class _Interruptible:
+    """Passes an interruption on to a process, once, and waits for its own end."""
+
+    def __init__(self, process: subprocess.Popen[bytes]):
+        self.process, self.interrupted = process, False
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interruptible:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._former[number] = signal.signal(number, self._pass_on)
+        return self
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if not self.interrupted:
+            self.interrupted = True
+            self.process.send_signal(signal.SIGTERM)  # the launcher ends its processes, who save nothing half
+
+    def __exit__(self, *_: object) -> None:
+        for number, former in self._former.items():
+            signal.signal(number, former)
+
+
+def require_shares(recipe: Recipe, stages: Sequence[str], processes: int) -> None:
+    """Raises RecipeError where the steps of a stage cannot be shared by so many processes."""
+    if processes == 1:
+        return
+    if "pretrain" in stages:
+        raise RecipeError("a base is made by one process", "pretrain", "make it first, without --gpus: heatbath run …")
+    if recipe.sft is not None and "sft" in stages:
+        ranks.micro_batches(recipe.sft.batch, recipe.sft.micro_batch, processes, "sft.batch")
+    if recipe.preference is not None and "preference" in stages:
+        ranks.micro_batches(recipe.preference.batch, recipe.preference.micro_batch, processes, "preference.batch")
+    if recipe.rl is not None and "rl" in stages:
+        rows = recipe.rl.update_prompts * recipe.rl.group_size
+        ranks.micro_batches(rows, recipe.rl.micro_batch, processes, "rl.update_prompts")
+    if "eval" in stages and recipe.eval.engine == "vllm":
+        raise RecipeError(
+            "vLLM samples in one process of its own, not in several of ours",
+            "eval.engine",
+            'train with --gpus first (heatbath sft, heatbath rl), then heatbath eval without it; or "transformers"',
+        )
+
+
+def configuration(sharding: str) -> Path:
+    """The file of accelerate's configuration. Raises RecipeError where there is none."""
+    if (named := shipped_folder() / "launch" / f"{sharding}.yaml").is_file():
+        return named
+    if (given := Path(sharding)).is_file():
+        return given
+    known = ", ".join(sorted(path.stem for path in named.parent.glob("*.yaml")))
+    raise RecipeError(f"no configuration is called '{sharding}'", "--sharding", f"{known}, or a file of accelerate's")
+
+
+def without_options(arguments: Sequence[str]) -> list[str]:
+    """The arguments without those that only the launcher reads."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in OPTIONS:
+            skip = True
+        elif not argument.startswith(tuple(f"{option}=" for option in OPTIONS)):
+            kept.append(argument)
+    return kept
