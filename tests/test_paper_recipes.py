@@ -15,6 +15,7 @@ from conftest import small_tokenizer
 from heatbath import published
 from heatbath.cli_options import name_of
 from heatbath.errors import DataError, RecipeError
+from heatbath.launch import Launch
 from heatbath.recipe import Recipe, load, parse, shipped, strategies_of
 from heatbath.stages import cost, memory
 from heatbath.stages.pipeline import stages_of
@@ -273,6 +274,22 @@ def test_a_row_passes_the_dry_run(
     text = show(found)
     assert "checks    passed" in text and "8 × H200" in text and "GPU-hours" in text and "memory on each of 8" in text
     assert json.loads(json.dumps(found)) == found
+
+
+def test_a_row_is_planned_for_eight_processes(backbones: dict[str, Path], pool: Path) -> None:
+    """Micro-batches that make up the published batches, less memory the more is sharded, and accelerate's line."""
+    given = [f"model={backbones[QWEN]}", f"data.pool={pool}", 'eval.tasks=["arithmetic"]']
+    recipe = load(QWEN, [*given, "data.demos=150", "data.prompts=200", "data.validation=20"])
+    line = ["run", QWEN, "--gpus", "8", "--sharding", "fsdp2"]
+    found = plan(recipe, stages_of(recipe), line, Launch(8, 1, "fsdp2"))
+    for stage, rows in (("sft", 128), ("rl", 64 * 8)):
+        micro, count = found["processes"]["micro_batches"][stage]
+        assert micro * count * 8 == rows
+        held = found["processes"]["memory"][stage]
+        assert held["ddp"] > held["zero2"] > held["fsdp2"]
+    assert found["processes"]["memory"]["sft"]["fsdp2"] < 131, "fits eight times 141 GB"
+    assert found["command"].startswith("accelerate launch --config_file")
+    assert found["command"].endswith(f"--num_processes 8 --num_machines 1 --main_process_port 0 -m heatbath run {QWEN}")
 
 
 @pytest.mark.parametrize("strategy", ["implicit-7b", "implicit-32b"])

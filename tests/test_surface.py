@@ -12,7 +12,8 @@ import heatbath
 from heatbath import cli, recipe
 from heatbath.errors import HeatbathError
 
-STAGE_OPTIONS = ["--change", "--dry-run", "--fresh", "--json", "--out", "--resume", "--verbose", "-v"]
+STAGE_OPTIONS = ["--change", "--dry-run", "--fresh", "--gpus", "--json", "--nodes", "--out", "--resume", "--sharding"]
+STAGE_OPTIONS += ["--verbose", "-v"]
 COMMANDS = {
     "run": STAGE_OPTIONS,
     "sft": STAGE_OPTIONS,

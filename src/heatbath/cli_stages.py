@@ -125,7 +125,7 @@ def _stage(
     json: bool,
     verbose: bool,
 ) -> None:
-    from heatbath.launch import Launch
+    from heatbath.launch import Launch, evaluates_alone, node
     from heatbath.opening import Opening, open_run
     from heatbath.recipe import load
 
@@ -166,7 +166,10 @@ def _stage(
             splits, _ = pipeline.check(loaded, stages)
     if launch.several and ranks.count() == 1:
         launch.require(loaded, stages)
-        raise typer.Exit(launch.run(sys.argv[1:], progress.say))
+        code = launch.run(sys.argv[1:], progress.say)
+        if code or not whole or not evaluates_alone(loaded) or node():
+            raise typer.Exit(code)
+        how = Opening(resume=True)
     with Run(folder, loaded).locked():
         if ranks.first():
             opened = open_run(folder, loaded, stages, how, whole=whole, say=progress.say)

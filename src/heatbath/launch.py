@@ -76,8 +76,7 @@ class Launch:
             if self.nodes == 1:
                 line += ["--main_process_port", "0"]  # a free one
             else:
-                number = os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID", "0"))
-                line += ["--machine_rank", number, "--rdzv_backend", "c10d"]
+                line += ["--machine_rank", str(node()), "--rdzv_backend", "c10d"]
                 line += ["--main_process_ip", host, "--main_process_port", port]
             return [*line, "-m", "heatbath", *own]
         line = [*TORCHRUN, "--nproc-per-node", str(self.gpus)]
@@ -139,12 +138,22 @@ def require_shares(recipe: Recipe, stages: Sequence[str], processes: int) -> Non
     if recipe.rl is not None and "rl" in stages:
         rows = recipe.rl.update_prompts * recipe.rl.group_size
         ranks.micro_batches(rows, recipe.rl.micro_batch, processes, "rl.update_prompts")
-    if "eval" in stages and recipe.eval.engine == "vllm":
+    if tuple(stages) == ("eval",) and evaluates_alone(recipe):
         raise RecipeError(
-            "vLLM samples in one process of its own, not in several of ours",
+            "vLLM samples from one process of ours, not from several",
             "eval.engine",
-            'train with --gpus first (heatbath sft, heatbath rl), then heatbath eval without it; or "transformers"',
+            'leave out --gpus, or eval.engine = "transformers"',
         )
+
+
+def evaluates_alone(recipe: Recipe) -> bool:
+    """Whether the evaluation is done by the launcher, after its processes have trained: vLLM starts its own."""
+    return recipe.eval.engine == "vllm"
+
+
+def node() -> int:
+    """This machine's number among several, as SLURM or the user says."""
+    return int(os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID", "0")))
 
 
 def configuration(sharding: str) -> Path:

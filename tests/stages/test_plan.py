@@ -63,7 +63,7 @@ def test_real_problems_pass_every_check_and_are_counted(small_base: Path) -> Non
         "15 steps of sft",
         "0 of 20 truncated (0.0%)",
         "checks    passed",
-        "-m heatbath run r.toml",
+        "launcher  heatbath run r.toml",
     ):
         assert part in text
     assert json.loads(json.dumps(found)) == found

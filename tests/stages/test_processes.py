@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import whole_stages
 from safetensors.torch import load_file
 
-import whole_stages
-from heatbath import launch, ranks
-from heatbath.errors import RecipeError, RunError
+from heatbath import ranks
+from heatbath.errors import RunError
 from heatbath.launch import Launch
-from heatbath.recipe import load, shipped
+from heatbath.recipe import as_toml
 from heatbath.run import Run
 from mistakes import call
 
@@ -81,3 +81,122 @@ def test_two_processes_share_an_evaluation(both: Path) -> None:
     assert one == two
     results = [json.loads((run.folder / "results.json").read_text()) for run in runs]
     assert results[0]["policies"] == results[1]["policies"]
+
+
+# --- the launcher -----------------------------------------------------------------------------------------------------
+
+
+def test_the_line_that_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process is heatbath itself; a CPU takes torchrun, GPUs accelerate with a shipped file; machines meet at
+    MASTER_ADDR. What only the launcher reads is not passed on."""
+    monkeypatch.setenv("MASTER_ADDR", "head")
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    typed = ["run", "r.toml", "--gpus", "4", "sft.lr=1e-4", "--sharding=fsdp2", "--out", "x"]
+    own = ["run", "r.toml", "sft.lr=1e-4", "--out", "x"]
+    assert Launch().command(typed, gpu=True) == ["heatbath", *own]
+    line = Launch(4, 1, "fsdp2").command(typed, gpu=True)
+    assert line[:2] == ["accelerate", "launch"] and line[-len(own) - 2 :] == ["-m", "heatbath", *own]
+    assert Path(line[line.index("--config_file") + 1]).name == "fsdp2.yaml"
+    assert line[line.index("--num_processes") + 1] == "4"
+    line = Launch(4, 2).command(typed, gpu=True)
+    for option, value in (
+        ("num_processes", "8"),
+        ("num_machines", "2"),
+        ("machine_rank", "1"),
+        ("main_process_ip", "head"),
+    ):
+        assert line[line.index(f"--{option}") + 1] == value
+    line = Launch(4, 2).command(typed, gpu=False)
+    assert line[0] == "torchrun" and line[line.index("--rdzv-endpoint") + 1] == "head:29500"
+    assert line[line.index("--nproc-per-node") + 1] == "4" and line[line.index("--nnodes") + 1] == "2"
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "zero2"])
+def test_accelerate_makes_of_a_shipped_file_what_its_name_says(sharding: str) -> None:
+    """Its launcher reads our line with our file; of FSDP2 it tells the processes by these variables."""
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    line = Launch(4, 1, sharding).command(["run", "r.toml"], gpu=True)
+    made, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(line[2:]))
+    assert (
+        made.num_processes == 4
+        and made.training_script == "heatbath"
+        and made.training_script_args == ["run", "r.toml"]
+    )
+    assert (made.multi_gpu, made.use_fsdp, made.use_deepspeed) == tuple(
+        sharding == n for n in ("ddp", "fsdp2", "zero2")
+    )
+    if sharding == "fsdp2":
+        told = prepare_multi_gpu_env(made)
+        wanted = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+        assert wanted.items() <= told.items() and told["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
+    if sharding == "zero2":
+        assert made.zero_stage == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "override", "where"),
+    [
+        (("--gpus", "3"), "sft.batch=16", "sft.batch"),
+        (("--gpus", "2"), "sft.batch=12 sft.micro_batch=4", "sft.micro_batch"),
+        (("--gpus", "2", "--sharding", "fsdp2"), "", "--sharding"),
+        (("--gpus", "2", "--nodes", "2"), "", "--nodes"),
+        (("--gpus", "0"), "", "--gpus"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_starts(
+    tmp_path: Path, small_base: Path, monkeypatch: pytest.MonkeyPatch, options: tuple, override: str, where: str
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    recipe = whole_stages.warm_start("sft", str(small_base))
+    (tmp_path / "r.toml").write_text(as_toml(recipe))
+    code, said = call(tmp_path, " ".join(["run r.toml", override, *options, "--out x"]))
+    assert code == 2 and where in said and not (tmp_path / "x" / "metrics.jsonl").exists()
+
+
+def test_a_launcher_that_starts_fewer_is_not_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's launcher starts one process on a CPU, whatever is asked for."""
+    monkeypatch.setenv(ranks.LAUNCHED, "2")
+    with pytest.raises(RunError, match="2 processes were asked for and 1 started"):
+        ranks.join(print)
+
+
+def test_a_run_of_two_that_loses_one_resumes_where_it_was(both: Path, small_base: Path, tmp_path: Path) -> None:
+    """`heatbath sft --gpus 2`; one rank is killed with -9: the launcher ends with 1, nothing half is left, and the
+    resumed run ends in the weights of the uninterrupted one."""
+    recipe = whole_stages.warm_start("sft", str(small_base))
+    (tmp_path / "r.toml").write_text(as_toml(recipe).replace("save_every = 0", "save_every = 4"))
+    line = [sys.executable, "-m", "heatbath", "sft", "r.toml", "--gpus", "2", "--out", "x"]
+    settings = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.PIPE, "text": True}
+    started = subprocess.Popen(line, **settings)
+    log, deadline = tmp_path / "x" / "metrics.jsonl", time.monotonic() + 240
+    while started.poll() is None and time.monotonic() < deadline and not (log.exists() and len(log.read_text()) > 4000):
+        time.sleep(0.01)
+    os.kill(_ranks_of(started.pid)[1], signal.SIGKILL)
+    said = started.communicate(timeout=120)[1]
+    assert started.returncode == 1, said
+    assert not (tmp_path / "x" / "checkpoints" / "init").exists()
+    done = subprocess.run([*line, "--resume"], timeout=240, check=False, **settings)
+    assert done.returncode == 0 and "going on after step" in done.stderr, done.stderr
+    assert moved(tmp_path / "x" / "checkpoints" / "init", both / "two" / "sft" / "checkpoints" / "init") == 0.0
+
+
+def _ranks_of(launcher: int) -> list[int]:
+    """Process ids by rank of heatbath's processes that descend from the launcher."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            held = dict(x.split("=", 1) for x in (folder / "environ").read_text().split("\0") if "=" in x)
+            agent = _parent(int(folder.name))
+            starter = _parent(agent)
+        except (OSError, IndexError):
+            continue
+        if "RANK" in held and launcher in (agent, starter):
+            found[int(held["RANK"])] = int(folder.name)
+    assert sorted(found) == [0, 1]
+    return [found[0], found[1]]
+
+
+def _parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])

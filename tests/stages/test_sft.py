@@ -332,8 +332,8 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_take_the_step_of_one(tmp_path: Path, two_processes: Path, mode: str) -> None:
-    """Over gloo, 2 ranks × 2 rows × 2 micro-batches have the gradient of 1 × 8 × 1, under both exact reductions and from
-    a cache. test_sharded.py has FSDP2."""
+    """Over gloo, 2 ranks × 2 rows × 2 micro-batches have the gradient of 1 × 8 × 1, under both exact reductions and
+    from a cache. test_sharded.py has FSDP2."""
     reduction = "sequence_sum" if mode == "sequence_sum" else "token_mean"
     whole, _ = one_step(tmp_path / mode, micro=8, accumulation=1, reduction=reduction)
     found = torch.load(two_processes / f"{mode}.pt")

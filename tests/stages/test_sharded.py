@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
 import sharded
+import torch
 
 
 @pytest.fixture(scope="module")

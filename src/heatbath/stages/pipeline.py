@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from heatbath import ranks
 from heatbath.errors import RecipeError
+from heatbath.launch import evaluates_alone
 from heatbath.progress import Progress
 from heatbath.recipe import Recipe
 from heatbath.run import STAGES, Run
@@ -33,6 +34,8 @@ def run_all(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
                 progress.say(f"{stage}: finished before, kept")
             else:
                 run_stage(stage, run, recipe, progress)
+    if ranks.count() > 1 and evaluates_alone(recipe):
+        return {}
     results = run_evaluation(run, recipe, progress)
     if ranks.first():
         write_report(run)

@@ -91,7 +91,8 @@ def build_trainer(
     if goal.needs_reference and goal.reference == "base" and recipe.lora is None:
         base = initial if recipe.sft is None else models.load_model(run.model_of("base"), torch.float32)
     demos = checks.demonstrations(tokenizer, splits.prompts, recipe) if goal.needs_demonstrations else None
-    held_out = splits.test[: settings.eval_prompts] if settings.eval_every else []
+    asked = min(settings.eval_prompts, len(splits.test)) if settings.eval_every else 0
+    held_out = splits.test[: asked - asked % ranks.count()]  # as many for each process: none is asked twice
     cls = ReliftTrainer if isinstance(goal, Relift) else PolicyTrainer
     return cls(
         model=model,
