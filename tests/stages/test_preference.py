@@ -149,7 +149,7 @@ def two_steps(folder: Path, ranks: int = 1) -> dict[str, torch.Tensor]:
     """Weights after UNA's steps on four and on two of six rows, of which a rank may see no pair."""
     rows = [SCORES[0], PAIRS[0], LABELS[1], LABELS[2], PAIRS[1], SCORES[1]]
     plain = {"trainer": {"optim": "sgd"}, "max_steps": 2, "lr": 0.5, "schedule": "constant", "max_grad_norm": 1e9}
-    trainer = trainer_of(folder, rows, method="una", batch=4 // ranks, micro_batch=1, log_every=2, **plain)
+    trainer = trainer_of(folder, rows, method="una", batch=4, micro_batch=1, log_every=2, **plain)
     trainer.train()
     assert trainer.accelerator.num_processes == ranks
     (logged,) = [row for row in trainer.state.log_history if "objective" in row]
