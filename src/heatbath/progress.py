@@ -18,6 +18,7 @@ class Progress:
 
     def __init__(self, *, quiet: bool = False):
         self.console = Console(stderr=True, quiet=quiet or not ranks.first(), highlight=False, soft_wrap=True)
+        self.interrupted = False  # whether somebody has asked for an end, which a stage may put off
         self._bar: Bar | None = None
         self._title, self._total, self._done, self._said = "", 0, 0, 0.0
 

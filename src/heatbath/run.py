@@ -130,20 +130,28 @@ class Run:
         """Where a training stage keeps what it needs to be resumed."""
         return self.folder / "checkpoints" / f".{stage}"
 
-    def last_checkpoint(self, stage: str) -> Path | None:
-        """The newest complete checkpoint of an unfinished stage, or None; incomplete ones are removed."""
-        found: list[tuple[int, Path]] = []
+    def last_checkpoint(self, stage: str, say: Callable[[str], None] = lambda text: None) -> Path | None:
+        """The newest checkpoint of an unfinished stage whose every file is there as it was written, or None. What a
+        kill left half is removed, and so is, after a word, what has been damaged since."""
+        whole: list[tuple[int, Path]] = []
         for path in self.working(stage).glob("checkpoint-*"):
-            if (path / COMPLETE).is_file():
-                found.append((int(path.name.rpartition("-")[2]), path))
+            damage = _damage(path)
+            if damage is None:
+                whole.append((int(path.name.rpartition("-")[2]), path))
             elif ranks.first():
+                if damage:
+                    say(f"{stage}: {path.name} is damaged ({damage}) and removed")
                 shutil.rmtree(path, ignore_errors=True)
-        return max(found)[1] if found else None
+        return max(whole)[1] if whole else None
 
     @ranks.by_first
     def complete(self, checkpoint: Path, stage: str) -> None:
-        """Marks a checkpoint whose every file is on the disk, with the number of rows the stage had logged by then."""
-        write_atomically(checkpoint / COMPLETE, str(len(self.metrics(stage))))
+        """Marks a checkpoint as whole once every file is on the disk, with their sizes and the number of rows that the
+        stage had logged by then."""
+        to_disk(checkpoint)
+        sizes = {str(p.relative_to(checkpoint)): p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()}
+        mark = {"rows": len(self.metrics(stage)), "files": sizes}
+        write_atomically(checkpoint / COMPLETE, json.dumps(mark))
 
     def finished(self, stage: str) -> bool:
         """Whether a stage has left its policy, or the evaluation its results."""
@@ -232,11 +240,12 @@ class Run:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         last = self.last_checkpoint(stage)
-        kept = itertools.count(0 if last is None else -int((last / COMPLETE).read_text()))
+        kept = itertools.count(0 if last is None else -_mark(last)["rows"])
         self._keep_rows("metrics.jsonl", lambda row: row["stage"] != stage or next(kept) < 0)
 
     @ranks.by_first
     def _end(self, unfinished: Path, final: Path, stage: str) -> None:
+        to_disk(unfinished)
         unfinished.rename(final)
         shutil.rmtree(self.working(stage), ignore_errors=True)
 
@@ -357,9 +366,45 @@ def _cpu_name() -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
+    """The whole text or what was there before, whatever happens meanwhile."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")  # another process may write the same file
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        with unfinished.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def to_disk(folder: Path) -> None:
+    """Returns once the disk has every file of the folder: a power cut must not leave a mark or a name without them."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _mark(checkpoint: Path) -> dict[str, Any]:
+    """What is known of a complete checkpoint; earlier versions noted the logged rows alone."""
+    found: Any = json.loads((checkpoint / COMPLETE).read_text())
+    return found if isinstance(found, dict) else {"rows": int(found), "files": {}}
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint that was once complete, "" where it never was, None where it is whole."""
+    if not (checkpoint / COMPLETE).is_file():
+        return ""
+    try:
+        files = _mark(checkpoint)["files"]
+    except ValueError:
+        return COMPLETE
+    return next(
+        (n for n, size in files.items() if not (p := checkpoint / n).is_file() or p.stat().st_size != size), None
+    )
 
 
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -81,7 +81,7 @@ class PolicySpec(BaseModel):
 
 class Optimizer(Section):
     """AdamW, shared by the stages that train. `lr` per step, `schedule` as transformers names it. `save_every` steps
-    the stage keeps what it needs to be resumed (0: never)."""
+    the stage keeps what it needs to be resumed (0: never), the last `save_total_limit` times."""
 
     lr: Finite
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -90,6 +90,7 @@ class Optimizer(Section):
     adam_betas: tuple[Unit, Unit] = (0.9, 0.95)
     max_grad_norm: Finite = 1.0
     save_every: Count = 50
+    save_total_limit: Positive = 2
 
 
 class Pretrain(Optimizer):

@@ -91,6 +91,18 @@ def test_a_failing_task_is_crashed_with_its_reason(failing: WorkerPool, kind: st
     assert outcome.status == "crashed" and message in outcome.message and outcome.value is None
 
 
+def test_a_task_whose_worker_is_killed_is_given_to_another() -> None:
+    """Somebody else's SIGKILL costs no answer; a task that is killed every time ("killed", above) is crashed."""
+    with pool("identify", workers=1) as p:
+        ((_, first),) = values(p, [[0]])
+        killer = threading.Timer(0.3, os.kill, (first, signal.SIGKILL))
+        killer.start()
+        found = values(p, [["slow", 1.0], [1], [2]])
+        killer.join()
+    assert [value for value, _ in found] == ["slow", 1, 2]
+    assert first not in {process for _, process in found}
+
+
 @pytest.fixture(scope="module")
 def failing() -> Iterator[WorkerPool]:
     with pool("fail", memory_gib=0.5) as p:

@@ -6,6 +6,8 @@ token and layer. It is an estimate: docs/LOG.md compares it with what was measur
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -14,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
 from heatbath import models
-from heatbath.errors import RecipeError
+from heatbath.errors import RecipeError, RunError
 from heatbath.ideas.objectives import objective
 from heatbath.ideas.passes import chunk_tokens
 from heatbath.ideas.policy import policy
@@ -24,6 +26,7 @@ from heatbath.stages.training import lora_config
 
 GIB = 2**30
 LIBRARIES = int(0.5 * GIB)  # torch, transformers and TRL themselves
+LOGS = 16 * 2**20  # bytes of logs, samples and a report
 ROUND = 4  # decimals of a GiB
 
 
@@ -96,6 +99,33 @@ def _parts(
 def parameters(recipe: Recipe) -> int:
     """Of the recipe's model, from its configuration."""
     return _shape(_config(recipe))["parameters"]
+
+
+def disk(recipe: Recipe, stage: str) -> int:
+    """Bytes that a stage writes: its policy in float32, and while it trains a checkpoint more than it keeps, each with
+    weights and AdamW's moments of what is trained."""
+    settings = getattr(recipe, stage)
+    if stage == "eval" or settings is None:
+        return LOGS
+    config = _config(recipe)
+    whole = _shape(config)["parameters"]
+    trained = _lora_parameters(recipe, config) if recipe.lora and stage != "pretrain" else whole
+    kept = settings.save_total_limit + 1 if settings.save_every else 1  # one where it is interrupted
+    return LOGS + 4 * whole + kept * 12 * trained
+
+
+def require_room(folder: Path, recipe: Recipe, stage: str) -> None:
+    """Raises RunError where the disk of the folder has no room for what a stage will write."""
+    needed, there = disk(recipe, stage), folder.resolve()
+    while not there.exists():
+        there = there.parent
+    if (free := shutil.disk_usage(there).free) < needed:
+        keeps = f", or keep fewer checkpoints ({stage}.save_total_limit, {stage}.save_every = 0)" * (stage != "eval")
+        raise RunError(
+            f"the {stage} stage will write about {needed / GIB:,.2f} GiB, and {free / GIB:,.2f} GiB are free",
+            str(folder),
+            f"make room, choose another --out{keeps}",
+        )
 
 
 def _config(recipe: Recipe) -> Any:

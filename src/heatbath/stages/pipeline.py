@@ -24,7 +24,6 @@ def run_all(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Runs every stage the recipe has and that is not finished yet; returns the evaluation's results. Call `check`
     before making the run."""
     from heatbath.report.page import write_report
-    from heatbath.stages.evaluate import run_evaluation
 
     evaluated = ", ".join(run.policies)
     progress.say(f"stages: {' → '.join(stages_of(recipe))} (of {evaluated}) → report")
@@ -36,14 +35,27 @@ def run_all(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
                 run_stage(stage, run, recipe, progress)
     if ranks.count() > 1 and evaluates_alone(recipe):
         return {}
-    results = run_evaluation(run, recipe, progress)
+    results = run_stage("eval", run, recipe, progress)
+    assert results is not None
     if ranks.first():
         write_report(run)
     return results
 
 
 def run_stage(stage: str, run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any] | None:
-    """One stage by its name; returns results where it is the evaluation."""
+    """One stage by its name; returns results where it is the evaluation. Raises RunError where the disk has no room for
+    what the stage will write."""
+    from heatbath.stages.memory import require_room
+
+    if ranks.first():
+        require_room(run.folder, recipe, stage)
+    results = _run_stage(stage, run, recipe, progress)
+    if progress.interrupted:  # so late that the stage came to its end
+        raise KeyboardInterrupt
+    return results
+
+
+def _run_stage(stage: str, run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any] | None:
     if stage == "pretrain":
         from heatbath.stages.pretrain import run_pretrain
 

@@ -60,7 +60,7 @@ def cached_folder(recipe: Recipe, corpus: list[Row]) -> Path:
     assert recipe.pretrain is not None
     content = {
         "made_by": MADE_BY,
-        "pretrain": recipe.pretrain.model_dump(mode="json", exclude={"save_every"}),
+        "pretrain": recipe.pretrain.model_dump(mode="json", exclude={"save_every", "save_total_limit"}),
         "seed": recipe.seed,
         "precision": str(models.autocast_dtype(recipe.precision)),
         "template": base_tokenizer(recipe).chat_template,

@@ -25,7 +25,7 @@ SAID_ELSEWHERE = {
     "max_steps": "max_steps",
     "save_steps": "save_every",
     "save_strategy": "save_every",
-    "save_total_limit": "save_every",
+    "save_total_limit": "save_total_limit",
     "per_device_train_batch_size": "micro_batch",
     "per_device_eval_batch_size": "micro_batch",
 }

@@ -8,11 +8,14 @@ afterwards, and what our own trainers carry from step to step travels with them.
 from __future__ import annotations
 
 import math
-import os
 import shutil
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import peft
@@ -99,16 +102,22 @@ def log_to_run(trainer: Trainer, run: Run, stage: str, progress: Progress, show:
 
 
 def train(trainer: Any, run: Run, stage: str, progress: Progress) -> None:
-    """Trains from the beginning, or from the stage's last complete checkpoint where there is one."""
-    checkpoint = ranks.agreed(lambda: run.last_checkpoint(stage))
+    """Trains from the beginning, or from the stage's last whole checkpoint where there is one. An interruption (SIGINT,
+    SIGTERM) lets the step in flight end and saves it; a second one ends at once. Raises KeyboardInterrupt then."""
+    checkpoint = ranks.agreed(lambda: run.last_checkpoint(stage, progress.say))
     if checkpoint is not None:
         progress.say(f"{stage}: going on after step {checkpoint.name.rpartition('-')[2]}")
+    stopping = _StopAfterStep(trainer.args, progress)
+    trainer.add_callback(stopping)
     trainer.add_callback(_KeepResumable(trainer, run, stage))
     if checkpoint is not None:
         # The end of an epoch is saved before it is evaluated, and rows logged after a checkpoint do not outlive it.
         trainer.args.eval_on_start = _ends_epoch(trainer.args, len(trainer.train_dataset), checkpoint)
         trainer.carry_on(torch.load(checkpoint / CARRIED, weights_only=True))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with stopping.listening():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stopping.stopped:
+        raise KeyboardInterrupt
 
 
 def _ends_epoch(args: TrainingArguments, rows: int, checkpoint: Path) -> bool:
@@ -223,8 +232,41 @@ def require_isolation(model: PreTrainedModel, rows: Sequence[Rendered]) -> None:
         )
 
 
+class _StopAfterStep(TrainerCallback):
+    """Ends training after the step in which an interruption comes, once that is saved; of RL after the last step of the
+    generation, since only between two of them it can be resumed. Any process that hears it stops all of them."""
+
+    def __init__(self, args: TrainingArguments, progress: Progress):
+        self.progress, self.asked, self.stopped = progress, False, False
+        self.window = max(1, getattr(args, "steps_per_generation", 1) // args.gradient_accumulation_steps)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # only that one hears signals
+            yield
+            return
+        former = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.progress.interrupted = True
+        self.progress.say("interrupted: the step in flight is finished and saved (once more ends at once)")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if any(ranks.gathered(self.asked)) and state.global_step % self.window == 0:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+
 class _KeepResumable(TrainerCallback):
-    """Marks each checkpoint when complete, adds the trainer's own state, and removes the older ones."""
+    """Marks each checkpoint when complete, adds the trainer's own state, and removes older ones than the recipe's
+    `save_total_limit` keeps."""
 
     def __init__(self, trainer: Any, run: Run, stage: str):
         self.trainer, self.run, self.stage = trainer, run, stage
@@ -242,22 +284,11 @@ class _KeepResumable(TrainerCallback):
         (checkpoint / "training_args.bin").unlink(missing_ok=True)  # pickled, and nothing reads it
         if not (checkpoint / CARRIED).exists():
             torch.save(self.trainer.carried(), checkpoint / CARRIED)
-        _to_disk(checkpoint)
         self.run.complete(checkpoint, self.stage)
-        for other in folder.glob("checkpoint-*"):
-            if other != checkpoint:
-                shutil.rmtree(other, ignore_errors=True)
-
-
-def _to_disk(folder: Path) -> None:
-    """The files must be on the disk before the mark is, or a power cut could leave a mark without them."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        kept = getattr(self.run.recipe, self.stage).save_total_limit
+        numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        for old in numbered[:-kept]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 class _RunLog(TrainerCallback):

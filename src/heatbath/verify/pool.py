@@ -40,7 +40,10 @@ class Outcome:
 class WorkerPool:
     """Calls a function in `workers` processes; each call ends by its `deadline` (seconds), by SIGKILL if it must.
 
-    `function` is "package.module:function" or "path/to/file.py:function"; arguments and results are JSON values.
+    A task whose process dies is given to another one, once.
+
+    `function` is "package.module:function" or "path/to/file.py:function"; arguments and results are JSON values. A task
+    whose process is killed from outside gets another one, once.
     Processes start at the first task and are ready after the call `function(*warm_up)`, before any deadline counts.
     `memory_gib` is what a task may add to a warm worker. A task still running after `slow_after` seconds while others
     wait leaves its worker slot to another process and goes on beside it, at the lowest priority after twice as long, so
@@ -240,6 +243,8 @@ class _Call:
         self.pool, self.tasks = pool, tasks
         self.outcomes: list[Outcome | None] = [None] * len(tasks)
         self.given = self.finished = self.granted = 0
+        self.again: list[int] = []  # tasks whose worker died, to be given to another one
+        self.lost: set[int] = set()  # tasks that have cost a worker
         self.held: list[Worker] = []
         self._read_wake, self._write_wake = os.pipe()
         os.set_blocking(self._read_wake, False)
@@ -264,7 +269,7 @@ class _Call:
 
     def wanted(self) -> int:
         """Slots this call could use: tasks that no worker has, less the workers that are starting for them."""
-        return max(len(self.tasks) - self.given - sum(w.task is None for w in tuple(self.held)), 0)
+        return max(len(self.tasks) - self.given + len(self.again) - sum(w.task is None for w in tuple(self.held)), 0)
 
     def wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # it is full of wakes already
@@ -275,11 +280,13 @@ class _Call:
         os.close(self._write_wake)
 
     def _give_task(self, worker: Worker) -> None:
-        if self.given == len(self.tasks):
+        if self.again:
+            number = self.again.pop()
+        elif self.given < len(self.tasks):
+            number, self.given = self.given, self.given + 1
+        else:
             return self._release(worker, usable=True)
-        task = self.tasks[self.given]
-        self.given += 1
-        worker.begin(self.given - 1, list(task))
+        worker.begin(number, list(self.tasks[number]))
 
     def _release(self, worker: Worker, *, usable: bool) -> None:
         self.held.remove(worker)
@@ -322,6 +329,8 @@ class _Call:
             if not worker.ready:
                 self._start_failed(worker, str(lost))
             else:
+                if self._try_again(worker, lost):
+                    return
                 elapsed = time.monotonic() - worker.since
                 status: Literal["timeout", "crashed"] = "timeout" if lost.out_of_time else "crashed"
                 self._finish(worker, Outcome(status, None, elapsed, str(lost)), usable=False)
@@ -337,8 +346,19 @@ class _Call:
         else:
             self._finish(worker, Outcome("crashed", None, seconds, str(value)), usable=not exhausted)
 
+    def _try_again(self, worker: Worker, lost: WorkerLostError) -> bool:
+        """A worker may be killed for something else than its task (memory that another process took): the first time
+        another one gets the task."""
+        if not lost.killed or worker.task is None or worker.task in self.lost:
+            return False
+        self.lost.add(worker.task)
+        self.again.append(worker.task)
+        worker.task = None
+        self._release(worker, usable=False)
+        return True
+
     def _contended(self) -> bool:
-        return self.given < len(self.tasks) or self.pool._others_wait(self)
+        return bool(self.again) or self.given < len(self.tasks) or self.pool._others_wait(self)
 
     def _look_at_the_clock(self) -> None:
         """Kills what is past its deadline, and moves slow tasks out of the way of waiting ones."""

@@ -42,11 +42,11 @@ OUT_OF_MEMORY_SCORE = 500
 
 
 class WorkerLostError(Exception):
-    """The worker is dead, or of no use any more."""
+    """The worker is dead, or of no use any more. `killed` says by SIGKILL, which its task cannot be blamed for."""
 
-    def __init__(self, reason: str, *, out_of_time: bool = False) -> None:
+    def __init__(self, reason: str, *, out_of_time: bool = False, killed: bool = False) -> None:
         super().__init__(reason)
-        self.out_of_time = out_of_time
+        self.out_of_time, self.killed = out_of_time, killed
 
 
 class Worker:
@@ -242,7 +242,7 @@ class Worker:
         lines = self.last_words().splitlines()
         if self.ready and lines:
             reason += f"; last printed: {lines[-1][:MAX_MESSAGE]}"
-        return WorkerLostError(reason, out_of_time=code == -signal.SIGXCPU)
+        return WorkerLostError(reason, out_of_time=code == -signal.SIGXCPU, killed=code == -signal.SIGKILL)
 
 
 # What follows runs in the worker process.
