@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from heatbath.stages.compare import PRELOADED
@@ -14,13 +15,13 @@ from heatbath.stages.compare import PRELOADED
 class Forked:
     """As much of `subprocess.Popen` as tests need; stdout and stderr go to one file."""
 
-    def __init__(self, *arguments: str, cwd: Path):
+    def __init__(self, *arguments: str, cwd: Path, environment: Mapping[str, str] | None = None):
         handle, name = tempfile.mkstemp(prefix="heatbath-forked-")
         os.close(handle)
         self.output = Path(name)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*PRELOADED, "heatbath.cli"])
-        self.process = context.Process(target=_run, args=(arguments, str(cwd), name))
+        self.process = context.Process(target=_run, args=(arguments, str(cwd), name, dict(environment or {})))
         self.process.start()
 
     def poll(self) -> int | None:
@@ -41,10 +42,11 @@ class Forked:
         return text
 
 
-def _run(arguments: tuple[str, ...], folder: str, output: str) -> None:
+def _run(arguments: tuple[str, ...], folder: str, output: str, environment: dict[str, str]) -> None:
     from heatbath import cli
 
     os.chdir(folder)
+    os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
