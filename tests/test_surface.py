@@ -213,6 +213,7 @@ KEYS = [
     "strategies",
     "strategy",
     "template",
+    "trust_remote_code",
 ]
 PUBLIC = [
     "AdaptersOff",

@@ -25,6 +25,7 @@ from heatbath.cli_options import (
     settle_libraries,
 )
 from heatbath.errors import RecipeError
+from heatbath.terminal import echo
 
 if TYPE_CHECKING:
     from heatbath.progress import Progress
@@ -131,7 +132,7 @@ def _stage(
 
         found = plan.plan(loaded, stages, [a for a in sys.argv[1:] if a not in ("--dry-run", "--json")])
         found["folder"] = plan.folder_line(folder, loaded, stages, how, whole)
-        typer.echo(jsonlib.dumps(found, ensure_ascii=False) if json else plan.show(found))
+        echo(jsonlib.dumps(found, ensure_ascii=False) if json else plan.show(found))
         return
     progress = Progress(quiet=json)
     if stage == "rescore":
@@ -150,16 +151,16 @@ def _stage(
                 progress.say(note)
         result = _finish(stage, opened, loaded, progress)
     if json:
-        typer.echo(jsonlib.dumps({"run": str(folder), **(result or {})}))
+        echo(jsonlib.dumps({"run": str(folder), **(result or {})}))
     else:
-        typer.echo(_closing(opened, result))
+        echo(_closing(opened, result))
 
 
 def _finish(stage: str, opened: Run, loaded: Recipe, progress: Progress) -> dict[str, Any] | None:
     try:
         return _call(stage, opened, loaded, progress)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; --resume goes on with {opened.folder}", err=True)
+        echo(f"interrupted; --resume goes on with {opened.folder}", err=True)
         raise typer.Exit(130) from None
 
 

@@ -34,6 +34,7 @@ from heatbath.progress import Progress
 from heatbath.recipe import Recipe
 from heatbath.run import Run
 from heatbath.sections import Lora, Optimizer
+from heatbath.unpickling import require_data
 
 CARRIED = "heatbath.pt"
 ADAPTER = "adapter"  # beside a merged checkpoint: what was merged, for a later stage to go on with
@@ -95,6 +96,7 @@ def train(trainer: Any, run: Run, stage: str, progress: Progress) -> None:
     """Trains from the beginning, or from the stage's last complete checkpoint where there is one."""
     checkpoint = run.last_checkpoint(stage)
     if checkpoint is not None:
+        require_data(checkpoint)
         progress.say(f"{stage}: going on after step {checkpoint.name.rpartition('-')[2]}")
     trainer.add_callback(_KeepResumable(trainer, run, stage))
     if checkpoint is not None:
