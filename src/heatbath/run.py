@@ -334,7 +334,9 @@ def _cpu_name() -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")  # another process may write the same file
-    unfinished.write_text(text, encoding="utf-8")
+    unfinished.unlink(missing_ok=True)
+    with unfinished.open("x", encoding="utf-8") as stream:  # never through a link that somebody laid there
+        stream.write(text)
     unfinished.replace(path)
 
 

@@ -363,6 +363,18 @@ def test_no_module_of_ours_reads_a_pickle() -> None:
     assert all("weights_only=True" in line for line in loads) and len(loads) >= 4
 
 
+def test_a_link_laid_where_a_file_will_be_written_is_not_followed(tmp_path: Path) -> None:
+    """In a folder that others may write to, such as /tmp."""
+    from heatbath.run import write_atomically
+
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / f".page.html.{os.getpid()}.unfinished").symlink_to(tmp_path / "victim")
+    (tmp_path / "page.html").symlink_to(tmp_path / "victim")
+    write_atomically(tmp_path / "page.html", "report")
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert not (tmp_path / "page.html").is_symlink() and (tmp_path / "page.html").read_text() == "report"
+
+
 def test_files_of_ours_are_made_by_this_user_alone(tmp_path: Path) -> None:
     """What is written beside others' files, in a shared folder for temporary ones, is private and has no known name."""
     import tempfile

@@ -112,6 +112,8 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
     config = None
     if recipe.model is not None and recipe.model != models.TINY:
         config = models.load_config(recipe.model)
+        if stages != ("eval",) or recipe.eval.engine != "api":  # a server has weights of its own
+            models.require_safetensors(models.resolve(recipe.model), "model")
         checks.require_vocabulary(tokenizer, config)
     notes = _beyond_context(recipe, stages, splits, tokenizer, config)
     return replace(splits, notes=(*splits.notes, *notes)), tokenizer
