@@ -189,6 +189,7 @@ def killed_at(server: Served, run: Run, count: int) -> None:
     server.kill()
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_and_comes_back_is_survived(tmp_path: Path, base: str) -> None:
     """As it is set up by default: no answer for the seconds in which it starts again."""
     server = Served(base, tmp_path / "log").start()

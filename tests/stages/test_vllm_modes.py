@@ -106,7 +106,10 @@ def gaps(folder: Path) -> list[float]:
     return [row["sampler_gap"] for row in logged(folder) if "sampler_gap" in row]
 
 
-@pytest.mark.parametrize("more", ["", "\n[lora]\nrank = 4\n"], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param("", id="whole"), pytest.param("\n[lora]\nrank = 4\n", id="lora", marks=pytest.mark.slow)],
+)
 def test_colocated_the_sampler_is_the_policy_at_every_generation(tmp_path: Path, small_base: Path, more: str) -> None:
     done = run_rl(tmp_path, small_base, 'vllm_mode = "colocate"', more=more)
     assert done.returncode == 0, done.stderr
@@ -123,6 +126,7 @@ def test_a_server_samples_from_the_weights_it_is_sent(tmp_path: Path, small_base
     assert logged(tmp_path)[-1]["kl_init"] > STALE
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_take_the_weights_is_told_of(tmp_path: Path, small_base: Path, serve) -> None:
     """What the test before would see if weights were not sent."""
     port, _ = serve("--deaf")
@@ -132,6 +136,7 @@ def test_a_server_that_does_not_take_the_weights_is_told_of(tmp_path: Path, smal
     assert "the sampler's log-probabilities differ from the trainer's by" in done.stderr
 
 
+@pytest.mark.slow
 def test_completions_begun_from_demonstrations_go_through_a_server(tmp_path: Path, small_base: Path, serve) -> None:
     port, _ = serve()
     policy = '{ name = "uft", hint_steps = 100 }'
