@@ -523,6 +523,34 @@ SECTIONS: dict[str, list[Mistake]] = {
             },
         ),
     ],
+    "Models, servers and keys": [
+        Mistake(
+            "Weights that are a pickle",
+            "run r.toml --dry-run",
+            ("the weights are pickled (pytorch_model.bin)", "safetensors"),
+            {"r.toml": RECIPE},
+            before=lambda folder: pickle_weights(folder),
+        ),
+        Mistake(
+            "A model with code of its own",
+            "run r.toml --dry-run",
+            ("cannot load the model './base'", "set trust_remote_code = true"),
+            {"r.toml": RECIPE},
+            before=lambda folder: give_code(folder),
+        ),
+        recipe(
+            "A password in an address",
+            "eval.engine=api eval.endpoint=https://me:secret@host/v1 eval.served={base='m'}",
+            "eval.endpoint: an address holds no name and password",
+            "https://***@host/v1",
+        ),
+        recipe(
+            "A setting of vLLM's other mode",
+            "rl.trainer={use_vllm=true,vllm_server_port=8001}",
+            'vllm_server_port is read only with vllm_mode = "server"',
+        ),
+        recipe("Settings of vLLM without it", "rl.trainer={vllm_mode='server'}", "read only with use_vllm = true"),
+    ],
     "Comparisons": [
         compared(
             "A misspelt strategy", "--vary strategy=sft,gfit", "no strategy is called 'gfit'", "did you mean 'gift'"
@@ -551,6 +579,23 @@ def give_bos(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     tokenizer.bos_token = "<|user|>"
     tokenizer.save_pretrained(folder / "base")
+
+
+def own_base(folder: Path) -> Path:
+    """The base as a folder that may be changed."""
+    whole = (folder / "base").resolve()
+    (folder / "base").unlink()
+    return Path(shutil.copytree(whole, folder / "base"))
+
+
+def pickle_weights(folder: Path) -> None:
+    (own_base(folder) / "model.safetensors").rename(folder / "base" / "pytorch_model.bin")
+
+
+def give_code(folder: Path) -> None:
+    config = own_base(folder) / "config.json"
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | own))
 
 
 def call(folder: Path, command: str) -> tuple[int, str]:

@@ -218,6 +218,7 @@ KEYS = [
     "strategies",
     "strategy",
     "template",
+    "trust_remote_code",
 ]
 PUBLIC = [
     "AdaptersOff",

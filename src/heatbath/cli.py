@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 from heatbath import cli_stages, cli_measures  # noqa: F401, I001 - their verbs, in this order
 from heatbath.cli_options import Json, app
 from heatbath.errors import HeatbathError, RecipeError
+from heatbath.terminal import echo, printable
 
 
 @app.command()
@@ -43,30 +45,30 @@ def recipes(
     if tasks:
         from heatbath.data import tasks as definitions
 
-        typer.echo(jsonlib.dumps(definitions.listed(), ensure_ascii=False) if json else definitions.shown())
+        echo(jsonlib.dumps(definitions.listed(), ensure_ascii=False) if json else definitions.shown())
         return
     if strategies:
         from heatbath import strategies as named
 
-        typer.echo(jsonlib.dumps(named.listed()) if json else named.shown())
+        echo(jsonlib.dumps(named.listed()) if json else named.shown())
         return
     if policies:
         from heatbath.methods import listed, shown
 
-        typer.echo(jsonlib.dumps(listed()) if json else shown())
+        echo(jsonlib.dumps(listed()) if json else shown())
         return
     if action == "copy" and name is not None:
         written = copy(name, to)
-        typer.echo(jsonlib.dumps({"written": str(written)}) if json else written)
+        echo(jsonlib.dumps({"written": str(written)}) if json else written)
         return
     if action != "list":
         raise RecipeError(f"'{action}' with no recipe to copy", "command line", "heatbath recipes copy NAME [TO]")
     found = {name: path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for name, path in shipped().items()}
     if json:
-        typer.echo(jsonlib.dumps(found))
+        echo(jsonlib.dumps(found))
     else:
         for name, line in found.items():
-            typer.echo(f"{name:16} {line}")
+            echo(f"{name:16} {line}")
 
 
 @app.command()
@@ -75,7 +77,7 @@ def doctor(json: Json = False) -> None:
     from heatbath.doctor import examine, show
 
     found = examine()
-    typer.echo(jsonlib.dumps(found, indent=1) if json else show(found))
+    echo(jsonlib.dumps(found, indent=1) if json else show(found))
     raise typer.Exit(0 if found["ok"] else 1)
 
 
@@ -91,10 +93,10 @@ def main() -> None:
         app()
     except HeatbathError as error:
         if "-v" in sys.argv or "--verbose" in sys.argv:
-            logging.getLogger("heatbath").exception("failed")
-        typer.echo(f"error: {error}", err=True)
+            logging.getLogger("heatbath").error("failed\n%s", printable(traceback.format_exc()))
+        echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except OSError as error:
         free = shutil.disk_usage(Path.cwd()).free
-        typer.echo(f"error: {error}\n  where:  {error.filename or 'the file system'} ({free >> 20} MiB free)", err=True)
+        echo(f"error: {error}\n  where:  {error.filename or 'the file system'} ({free >> 20} MiB free)", err=True)
         sys.exit(1)

@@ -12,6 +12,7 @@ import typer
 from heatbath.allocator import keep_freed_memory
 from heatbath.cli_options import Json, Overrides, RecipeArgument, Verbose, app, name_of, settle_libraries
 from heatbath.errors import RecipeError
+from heatbath.terminal import echo
 
 
 @app.command()
@@ -33,7 +34,7 @@ def inspect(
     settle_libraries(verbose)
     found = inspecting.inspect(load(recipe, overrides), count=count, row=row, surprise=surprise)
     if json:
-        typer.echo(jsonlib.dumps(found, ensure_ascii=False))
+        echo(jsonlib.dumps(found, ensure_ascii=False))
     else:
         inspecting.show(found, Console())
 
@@ -62,10 +63,10 @@ def surprise(
     command = shlex.join(["heatbath", *sys.argv[1:]])
     found = stage.run_surprise(loaded, folder, command, Progress(quiet=json))
     if json:
-        typer.echo(jsonlib.dumps(found, ensure_ascii=False))
+        echo(jsonlib.dumps(found, ensure_ascii=False))
     else:
         stage.show(found, Console(highlight=False))
-        typer.echo(f"page: {found['page']}")
+        echo(f"page: {found['page']}")
 
 
 @app.command()
@@ -103,7 +104,7 @@ def shift(
     progress = Progress(quiet=json)
     found = stage.run_shift(names, parse(texts, on), data=data, out=out, fresh=fresh, progress=progress)
     if json:
-        typer.echo(jsonlib.dumps(found, ensure_ascii=False))
+        echo(jsonlib.dumps(found, ensure_ascii=False))
     else:
         shift_summary.show(found, Console(highlight=False))
 
@@ -142,7 +143,7 @@ def compare(
             )
         folders = [Path(recipe), *map(Path, overrides)]
         found = stage.compare_runs(folders, baseline, out or Path("runs") / f"compare-{len(folders)}-runs")
-        typer.echo(jsonlib.dumps(found, ensure_ascii=False) if json else found["page"])
+        echo(jsonlib.dumps(found, ensure_ascii=False) if json else found["page"])
         return
     numbers = grid.parse_seeds(seeds) if seeds is not None else None
     plan = grid.with_options(comparison(recipe), grid.parse_vary(vary or []), numbers, baseline)
@@ -152,14 +153,14 @@ def compare(
     if dry_run:
         stage.check(asked)
         cells = stage.listed(asked)
-        typer.echo(jsonlib.dumps(cells, ensure_ascii=False) if json else stage.shown(cells))
+        echo(jsonlib.dumps(cells, ensure_ascii=False) if json else stage.shown(cells))
         return
     try:
         found = stage.run_compare(asked, jobs=jobs, only=tuple(cell or ()), progress=Progress(quiet=json))
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; the same command goes on with {folder}", err=True)
+        echo(f"interrupted; the same command goes on with {folder}", err=True)
         raise typer.Exit(130) from None
-    typer.echo(jsonlib.dumps(found, ensure_ascii=False) if json else (folder / "compare.md").read_text())
+    echo(jsonlib.dumps(found, ensure_ascii=False) if json else (folder / "compare.md").read_text())
 
 
 @app.command()
@@ -183,9 +184,9 @@ def grade(
     try:
         found = stage.run_grade(grading, Progress(quiet=json))
     except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on" if out != "-" else "interrupted", err=True)
+        echo("interrupted; the same command goes on" if out != "-" else "interrupted", err=True)
         raise typer.Exit(130) from None
-    typer.echo(jsonlib.dumps(found, ensure_ascii=False) if json else stage.show(found), err=out == "-")
+    echo(jsonlib.dumps(found, ensure_ascii=False) if json else stage.show(found), err=out == "-")
     raise typer.Exit(0 if found["ok"] else 2)
 
 
@@ -203,7 +204,7 @@ def report(
     from heatbath.run import Run
 
     written = write_report(Run.read(folders[0]), out) if len(folders) == 1 else write_comparison(folders, out)
-    typer.echo(jsonlib.dumps({k: str(v) for k, v in written.items()}) if json else written["html"])
+    echo(jsonlib.dumps({k: str(v) for k, v in written.items()}) if json else written["html"])
 
 
 @app.command()
@@ -225,4 +226,4 @@ def export(
 
     wanted = Export(out, policy, dtype, adapter, push)
     found = run_export(Run.read(run), wanted, Progress(quiet=json))
-    typer.echo(jsonlib.dumps(found, ensure_ascii=False) if json else found["url"] or found["folder"])
+    echo(jsonlib.dumps(found, ensure_ascii=False) if json else found["url"] or found["folder"])

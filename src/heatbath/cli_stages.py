@@ -29,6 +29,7 @@ from heatbath.cli_options import (
     settle_libraries,
 )
 from heatbath.errors import RecipeError
+from heatbath.terminal import echo
 
 if TYPE_CHECKING:
     from heatbath.progress import Progress
@@ -151,7 +152,7 @@ def _stage(
 
         found = plan.plan(loaded, stages, arguments, launch)
         found["folder"] = plan.folder_line(folder, loaded, stages, how, whole)
-        typer.echo(jsonlib.dumps(found, ensure_ascii=False) if json else plan.show(found))
+        echo(jsonlib.dumps(found, ensure_ascii=False) if json else plan.show(found))
         return
     progress = Progress(quiet=json)
     ranks.join(progress.say)
@@ -183,9 +184,9 @@ def _stage(
     if not ranks.first():
         return
     if json:
-        typer.echo(jsonlib.dumps({"run": str(folder), **(result or {})}))
+        echo(jsonlib.dumps({"run": str(folder), **(result or {})}))
     else:
-        typer.echo(_closing(opened, result))
+        echo(_closing(opened, result))
 
 
 def _finish(stage: str, opened: Run, loaded: Recipe, progress: Progress) -> dict[str, Any] | None:
@@ -193,7 +194,7 @@ def _finish(stage: str, opened: Run, loaded: Recipe, progress: Progress) -> dict
         return _call(stage, opened, loaded, progress)
     except KeyboardInterrupt:
         if ranks.first():
-            typer.echo(f"interrupted; --resume goes on with {opened.folder}", err=True)
+            echo(f"interrupted; --resume goes on with {opened.folder}", err=True)
         raise typer.Exit(130) from None
 
 

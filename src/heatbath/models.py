@@ -13,10 +13,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from heatbath.errors import RecipeError
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2-135m"
@@ -24,6 +27,11 @@ TINY = "tiny"
 MODEL_REMEDY = f"give a folder that from_pretrained reads, a hub id, '{SMOLLM2}' or '{TINY}'"
 TEMPLATES = Path(__file__).parent / "data" / "templates"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class TrustedName(str):
+    """The name or folder of a model whose own Python code may run, because its recipe says trust_remote_code. The
+    permission goes where the name goes; a plain string has none."""
 
 
 def resolve(name: str) -> str:
@@ -125,6 +133,20 @@ def context_of(config: Any) -> int | None:
     return max(context, int(stretched))
 
 
+def load_adapter(model: PreTrainedModel, folder: str | Path, **options: Any) -> PeftModel:
+    """The model with the adapter of a folder on it. Raises RecipeError where that is no adapter in safetensors."""
+    import peft
+
+    require_safetensors(str(folder), "adapter_model")
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder), **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise RecipeError(
+            f"cannot load the adapter: {first}", str(folder), "give a folder that PEFT has saved"
+        ) from error
+
+
 def fingerprint(model: PreTrainedModel) -> str:
     """A short name for the weights: every tensor's name, shape and some 1,024 of its values, evenly spaced and rounded
     to bfloat16, so that it is the same whether the model was loaded in 32 or in 16 bits."""
@@ -144,7 +166,7 @@ def fingerprint_of(name: str) -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return fingerprint(_explained(name, AutoModelForCausalLM.from_pretrained, dtype=torch.bfloat16))
+    return fingerprint(_weights(name, AutoModelForCausalLM.from_pretrained, dtype=torch.bfloat16))
 
 
 def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -152,7 +174,7 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = _explained(name, AutoModelForCausalLM.from_pretrained, dtype=dtype)
+    model: PreTrainedModel = _weights(name, AutoModelForCausalLM.from_pretrained, dtype=dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
@@ -167,15 +189,41 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and native) else None
 
 
+def _weights(name: str, load: Any, **kwargs: Any) -> Any:
+    """A model with its weights, from safetensors alone: the other formats are pickles, and those are programs."""
+    folder = resolve(name)
+    require_safetensors(folder, "model")
+    return _explained(name, load, use_safetensors=True, **kwargs)
+
+
+def require_safetensors(folder: str, stem: str) -> None:
+    """Raises RecipeError where a folder holds weights as pickles alone."""
+    path = Path(folder).expanduser()
+    if not path.is_dir() or any(path.glob(f"{stem}*.safetensors*")):
+        return
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt") for p in path.glob(pattern))
+    if pickled:
+        raise RecipeError(
+            f"the weights are pickled ({pickled[0]}), and a pickle is a program that runs when it is read",
+            str(path),
+            "take the model's safetensors files; if you trust the file, save it anew where a mishap does no harm: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other)",
+        )
+
+
 def _explained(name: str, load: Any, **kwargs: Any) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar for every file read or written, in the middle of ours
     try:
-        return load(resolve(name), **kwargs)
-    except (OSError, ValueError) as error:
+        # Said either way: where nothing is said transformers asks on the terminal, and takes a "y" for consent.
+        return load(resolve(name), trust_remote_code=isinstance(name, TrustedName), **kwargs)
+    except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
-        raise RecipeError(f"cannot load the model '{name}': {first}", "model", MODEL_REMEDY) from error
+        remedy = MODEL_REMEDY
+        if "custom code" in str(error) and not isinstance(name, TrustedName):
+            remedy = "read that code; if it may run on this machine as you, set trust_remote_code = true in the recipe"
+        raise RecipeError(f"cannot load the model '{name}': {first}", "model", remedy) from error
 
 
 def _smollm2_source() -> Path:

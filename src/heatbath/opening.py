@@ -45,6 +45,7 @@ FREE = (
     "eval.served",
     "eval.judge",
     "reward.workers",
+    "trust_remote_code",
 )
 # The stages whose result a key changes, by its table; every other key changes all of them.
 READ_BY = {

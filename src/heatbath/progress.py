@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from heatbath import ranks
+from heatbath.terminal import printable
 
 
 class Progress:
@@ -23,19 +24,20 @@ class Progress:
         self._title, self._total, self._done, self._said = "", 0, 0, 0.0
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(printable(text), markup=False)
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[None]:
         """A bar while the block runs; the terminal is given back however the block ends."""
-        self._title, self._total, self._done, self._said = title, total, 0, time.monotonic()
+        self._title, self._total, self._done, self._said = printable(title), total, 0, time.monotonic()
         if not self.console.is_terminal:
-            self.say(title)
+            self.say(self._title)
             yield
             return
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Bar(TextColumn("{task.description}"), *columns, console=self.console, transient=True) as self._bar:
-            self._bar.add_task(title, total=total)
+        named = TextColumn("{task.description}", markup=False)
+        columns = (named, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Bar(*columns, console=self.console, transient=True) as self._bar:
+            self._bar.add_task(self._title, total=total)
             try:
                 yield
             finally:

@@ -17,9 +17,10 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from heatbath.addresses import without_credentials
 from heatbath.compare_sections import Compare
 from heatbath.errors import RecipeError
-from heatbath.sections import RL, SFT, AnyData, Eval, Recipe, contradictions
+from heatbath.sections import INERT, RL, SFT, AnyData, Eval, Recipe, contradictions
 from heatbath.strategies import STRATEGIES, lay, left_out, over
 
 __all__ = ["RL", "SFT", "Compare", "Eval", "Recipe", "as_toml", "changes", "comparison", "copy", "find", "load"]
@@ -28,11 +29,12 @@ RENAMED = {"sft.objective", "sft.objective.name", "rl.policy", "rl.policy.name"}
 SOURCES = {get_args(cls.model_fields["source"].annotation)[0]: cls for cls in get_args(get_args(AnyData)[0])}
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+def load(path: str | Path, overrides: list[str] | None = None, *, inert: bool = False) -> Recipe:
     """The recipe in a TOML file (or a shipped one by its bare name), with `section.key=value` overrides applied.
 
     `strategy` lays the tables of a strategy over the file's before any other override. An override of
-    `….objective.name` starts that objective from its own defaults. Raises RecipeError listing every mistake at once.
+    `….objective.name` starts that objective from its own defaults. Python code that the recipe names is imported, to
+    check it; not where it is `inert`, only to be read. Raises RecipeError listing every mistake at once.
     """
     file = find(path)
     table = _read(file, path)
@@ -51,7 +53,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         table.pop("name", None)
     for key, value in sorted(given.items(), key=lambda item: not item[0].endswith("objective.name")):
         _override(table, key, value)
-    return parse(table, str(file))
+    return parse(table, str(file), inert=inert)
 
 
 def _keyed(override: str) -> tuple[str, str]:
@@ -111,12 +113,12 @@ def _read(file: Path, path: str | Path, below: tuple[Path, ...] = ()) -> dict[st
     return over(under, table) | {key: table[key] for key in ("compare",) if key in table}
 
 
-def parse(table: dict[str, Any], where: str = "recipe") -> Recipe:
+def parse(table: dict[str, Any], where: str = "recipe", *, inert: bool = False) -> Recipe:
     """The recipe of an already parsed table. Raises RecipeError listing every mistake at once."""
     problems = contradictions(table)
     made = None
     try:
-        made = Recipe.model_validate(table)
+        made = Recipe.model_validate(table, context={INERT: inert})
     except ValidationError as error:
         problems += [_explain(e) for e in error.errors()]
     if made is None or problems:
@@ -245,7 +247,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "model_type":
         return f"{key}: a table of its own, such as [{key}] (got {error['input']!r})"
     message = error["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    got = "" if isinstance(error["input"], dict) else f" (got {without_credentials(repr(error['input']))})"
     return f"{key or 'recipe'}: {message[0].lower() + message[1:]}{got}"
 
 

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from heatbath import ranks, samples
 from heatbath import recipe as recipes
 from heatbath.errors import BusyError, RecipeError, RunError
+from heatbath.models import TrustedName
 from heatbath.recipe import Recipe
 
 # A recipe has [preference] or [rl], never both.
@@ -53,10 +54,10 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        """An existing run, with the recipe it was made by."""
+        """An existing run, with the recipe it was made by; code that the recipe names is not imported for it."""
         if not is_run(folder):
             raise RecipeError("not a run: it holds no env.json", str(folder), "give the folder that --out named")
-        return cls(folder, recipes.load(folder / "recipe.toml"))
+        return cls(folder, recipes.load(folder / "recipe.toml", inert=True))
 
     def write(self) -> Run:
         """Writes recipe.toml and env.json; returns the run."""
@@ -119,7 +120,11 @@ class Run:
             stage = self.stage_of(policy)
             command = stage if stage in ("sft", "rl") else "run"
             raise RunError(f"the run has no '{policy}' policy yet", str(folder), f"heatbath {command} makes it")
-        return str(folder)
+        return self.named(folder)
+
+    def named(self, folder: Path) -> str:
+        """A folder of this run's weights as `models` takes it: with the recipe's permission to run a model's code."""
+        return TrustedName(folder) if self.recipe.trust_remote_code else str(folder)
 
     def template_of(self, policy: str) -> str | None:
         """The chat template to load a policy's tokenizer with: the recipe's for the base; a policy that this run
@@ -368,8 +373,9 @@ def _cpu_name() -> str:
 def write_atomically(path: Path, text: str) -> None:
     """The whole text or what was there before, whatever happens meanwhile."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")  # another process may write the same file
+    unfinished.unlink(missing_ok=True)
     try:
-        with unfinished.open("w", encoding="utf-8") as stream:
+        with unfinished.open("x", encoding="utf-8") as stream:  # never through a link that somebody laid there
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -402,9 +408,8 @@ def _damage(checkpoint: Path) -> str | None:
         files = _mark(checkpoint)["files"]
     except ValueError:
         return COMPLETE
-    return next(
-        (n for n, size in files.items() if not (p := checkpoint / n).is_file() or p.stat().st_size != size), None
-    )
+    there = {name: path.stat().st_size for name in files if (path := checkpoint / name).is_file()}
+    return next((name for name, size in files.items() if there.get(name) != size), None)
 
 
 def append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from heatbath.data_sections import AnyData, Count, Finite, NoData, Positive, Rate, Section, Unit, whole
 from heatbath.eval_sections import Eval
+from heatbath.models import TrustedName
 
+INERT = "inert"  # a key of pydantic's context: the recipe is only read, and imports no code that it names
 SHIPPED_PREFERENCES = ("sums", "sums-labelled")
 # By method, the default first. TRL's aot and aot_unpaired sort a micro-batch and its sft averages over its tokens, so
 # that their value hangs on how a batch is split.
@@ -33,6 +35,11 @@ PREFERENCE_LOSSES: dict[str, tuple[str, ...]] = {
 }
 
 
+def _checked(info: ValidationInfo, *names: str) -> bool:
+    """Whether what is named may be built to check it: code of one's own not where the recipe is only read."""
+    return not ((info.context or {}).get(INERT) and any(":" in name for name in names))
+
+
 class ObjectiveSpec(BaseModel):
     """`name` and that objective's own hyper-parameters, checked against its definition in ideas/objectives.py."""
 
@@ -50,10 +57,11 @@ class ObjectiveSpec(BaseModel):
         return f"{whole(Path(path))}:{attribute}" if colon and path.endswith(".py") else value
 
     @model_validator(mode="after")
-    def buildable(self) -> Self:
-        from heatbath.ideas.objectives import objective
+    def buildable(self, info: ValidationInfo) -> Self:
+        if _checked(info, self.name):
+            from heatbath.ideas.objectives import objective
 
-        objective(self.name, **self.hyper)
+            objective(self.name, **self.hyper)
         return self
 
 
@@ -72,11 +80,17 @@ class PolicySpec(BaseModel):
         }
 
     @model_validator(mode="after")
-    def buildable(self) -> Self:
-        from heatbath.ideas.policy import policy
+    def buildable(self, info: ValidationInfo) -> Self:
+        if _checked(info, *self.code):
+            from heatbath.ideas.policy import policy
 
-        policy(self.name, **self.hyper)
+            policy(self.name, **self.hyper)
         return self
+
+    @property
+    def code(self) -> list[str]:
+        """The functions that it names."""
+        return [str(self.hyper[key]) for key in ("advantage", "surrogate") if key in self.hyper]
 
 
 class Optimizer(Section):
@@ -168,8 +182,8 @@ class SFT(Optimizer):
         return self
 
     @model_validator(mode="after")
-    def cache_suffices(self) -> Self:
-        if self.reference == "surprise":
+    def cache_suffices(self, info: ValidationInfo) -> Self:
+        if self.reference == "surprise" and _checked(info, self.objective.name):
             from heatbath.ideas.objectives import objective
 
             goal = objective(self.objective.name, **self.objective.hyper)
@@ -288,7 +302,9 @@ class RL(Optimizer):
         return _checked_fields("rl", value)
 
     @model_validator(mode="after")
-    def whole_groups(self) -> Self:
+    def whole_groups(self, info: ValidationInfo) -> Self:
+        if not _checked(info, *self.policy.code):
+            return self
         from heatbath.ideas.guided import Guided
         from heatbath.ideas.policy import policy
 
@@ -364,7 +380,8 @@ class Recipe(Section):
 
     `model` is where the base comes from, unless `[pretrain]` makes it. `name` is that of the strategy. `template` is a
     chat template for models without one (or instead of theirs): the name of a shipped one, or a Jinja file.
-    `published` is the table of scores that the report shows beside the run's own (docs/paper.md).
+    `published` is the table of scores that the report shows beside the run's own (docs/paper.md). `trust_remote_code`
+    lets Python code that lies with the model run on this machine (docs/security.md).
     """
 
     model: str | None = None
@@ -373,6 +390,7 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what numpy takes
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     template: str | None = None
+    trust_remote_code: bool = False
     data: AnyData = Field(default_factory=lambda: NoData(source="none"))
     pretrain: Pretrain | None = None
     lora: Lora | None = None
@@ -390,6 +408,12 @@ class Recipe(Section):
 
             published.require(value)
         return value
+
+    @model_validator(mode="after")
+    def trusted(self) -> Self:
+        if self.trust_remote_code and self.model is not None:
+            object.__setattr__(self, "model", TrustedName(self.model))  # frozen, but for what it is made of
+        return self
 
     @model_validator(mode="before")
     @classmethod

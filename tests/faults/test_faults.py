@@ -3,9 +3,8 @@
 import os
 from pathlib import Path
 
-import pytest
-
 import campaign
+import pytest
 
 FAULTS = 4  # of each recipe at least: 20 in all
 

@@ -179,6 +179,6 @@ def _generation_config(name: str):  # type: ignore[no-untyped-def]
     from heatbath import models
 
     try:
-        return GenerationConfig.from_pretrained(models.resolve(name))
+        return GenerationConfig.from_pretrained(models.resolve(name), trust_remote_code=False)
     except OSError:
         return None

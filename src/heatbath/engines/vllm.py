@@ -37,6 +37,7 @@ class VllmSampler(Closing):
             skip_tokenizer_init=True,
             generation_config="vllm",
             max_model_len=-1,  # the model's, or what fits into memory
+            trust_remote_code=isinstance(model, models.TrustedName),
         )
 
     def sample(

@@ -181,6 +181,7 @@ def caveats(
             for name, found in one["policies"].items():
                 said += of_scores(found, f"{name} in {task}")
         said += [f"{scoring.unscored(one)}." for one in results.get("incomplete", ())]
+        said += [f"{scoring.drawn_alike(one)}." for one in results.get("alike", ())]
         if recipe.data.source == "arithmetic":
             said.append("No format is asked for: a box, '####', 'the answer is' or else the last number is graded.")
     if left_out:

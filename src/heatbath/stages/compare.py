@@ -372,7 +372,7 @@ def _fingerprint(recipe: Recipe) -> str | None:
     from heatbath import models
 
     own = recipe.model is not None and Path(recipe.model).is_dir()
-    return models.fingerprint_of(str(recipe.model)) if own else None
+    return models.fingerprint_of(recipe.model) if own else None
 
 
 def _measure_shift(run: Run, progress: Progress) -> None:

@@ -60,6 +60,8 @@ def _scored(run: Run, recipe: Recipe, asked: list[Exam], policies: list[str], pr
 def _tell_incomplete(results: dict[str, Any], progress: Progress) -> None:
     for one in results["incomplete"]:
         progress.say(scoring.unscored(one))
+    for one in results.get("alike", ()):
+        progress.say(f"warning: {scoring.drawn_alike(one)}")
 
 
 def evaluated(run: Run, recipe: Recipe) -> list[str]:
@@ -113,6 +115,8 @@ def write_results(run: Run, recipe: Recipe, asked: list[Exam]) -> dict[str, Any]
             whole, partial = _sampled(rows, run.policies, exam)
             scores = scoring.summarise(whole, exam.k, votes=exam.kind != "code")
             found["incomplete"] += partial
+            if same := _alike(whole, exam):
+                found["alike"] = found.get("alike", []) + same
         scores["asked"] = " ".join(dict.fromkeys(row.id for row in exam.rows))  # the report leaves out what is not
         if exam.name == OWN_TEST:
             found |= scores
@@ -138,6 +142,13 @@ def _sampled(
         else:
             whole[policy] = drawn
     return whole, partial
+
+
+def _alike(whole: dict[str, list[dict[str, Any]]], exam: Exam) -> list[dict[str, Any]]:
+    """Policies of an exam whose samples do not differ although they were drawn at a temperature."""
+    t = exam.sampling.temperature
+    counts = {policy: scoring.alike(rows) for policy, rows in whole.items()} if t else {}
+    return [{"task": exam.name, "policy": p, "problems": n, "temperature": t} for p, n in counts.items() if n]
 
 
 def sample_policy(run: Run, recipe: Recipe, policy: str, asked: list[Exam], progress: Progress) -> list[LeftOutError]:

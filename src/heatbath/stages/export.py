@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import peft
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from heatbath import models
 from heatbath.errors import RecipeError, RunError
@@ -146,10 +145,9 @@ def _read_back(run: Run, wanted: Export, folder: Path) -> PreTrainedModel:
     """What somebody else's `from_pretrained` makes of the folder."""
     if wanted.adapter:
         base = models.load_model(run.model_of("base"), torch.float32)
-        found: PreTrainedModel = peft.PeftModel.from_pretrained(base, str(folder)).eval()
+        found: PreTrainedModel = models.load_adapter(base, folder).eval()
         return found
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=TYPES[wanted.dtype])
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return models.load_model(run.named(folder), TYPES[wanted.dtype])
 
 
 def _push(wanted: Export) -> str:

@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from heatbath.errors import DataError, HeatbathError, RecipeError, RunError
 from heatbath.progress import Progress
 from heatbath.run import write_atomically
+from heatbath.terminal import printable
 from heatbath.verify.graders import Grader, Kind, grader
 from heatbath.verify.verdict import JUDGED, STATUSES, Verdict
 
@@ -236,7 +237,7 @@ def _graded(batch: list[Row], judge: Grader) -> list[dict[str, Any]]:
 
 def _as_line(row: dict[str, Any]) -> bytes:
     try:
-        return json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
+        return printable(json.dumps(row, ensure_ascii=False)).encode("utf-8") + b"\n"
     except UnicodeEncodeError:  # a lone surrogate, which only an escape can hold
         return json.dumps(row).encode("ascii") + b"\n"
 

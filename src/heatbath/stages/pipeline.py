@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +129,8 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
     config = None
     if recipe.model is not None and recipe.model != models.TINY:
         config = models.load_config(recipe.model)
+        if stages != ("eval",) or recipe.eval.engine != "api":  # a server has weights of its own
+            models.require_safetensors(models.resolve(recipe.model), "model")
         checks.require_vocabulary(tokenizer, config)
     notes = _beyond_context(recipe, stages, splits, tokenizer, config)
     return replace(splits, notes=(*splits.notes, *notes)), tokenizer
@@ -140,6 +141,7 @@ def _beyond_context(
 ) -> list[str]:
     """What the model's context cuts off; of many prompts the one of most characters stands for the longest."""
     from heatbath.data import checks, rendering
+    from heatbath.stages import vllm_server
     from heatbath.stages.exams import exams
 
     notes = []
@@ -147,6 +149,7 @@ def _beyond_context(
         longest = max(splits.prompts, key=lambda row: len(row.asked))
         asked = rendering.prompt_ids(tokenizer, rendering.messages(longest, recipe.data.system))
         notes += checks.beyond_context(config, "rl", len(asked), recipe.rl.max_new_tokens)
+        notes += vllm_server.require(recipe, len(asked))
     if "eval" in stages and recipe.eval.engine != "api":  # a server has a context of its own
         for exam in (exam for exam in exams(recipe, splits) if exam.rows):
             asked = exam.prompt_ids(tokenizer, max(exam.rows, key=lambda row: len(row.asked)))
@@ -171,9 +174,6 @@ def _check_settings(recipe: Recipe, stages: tuple[str, ...]) -> None:
         first = str(error).strip().splitlines()[0]
         where = ", ".join(f"[{stage}.trainer]" for stage in ("sft", "preference", "rl") if stage in stages)
         raise RecipeError(f"TRL refuses the settings: {first}", where, "change them") from None
-    with_vllm = "rl" in stages and recipe.rl is not None and recipe.rl.trainer.get("use_vllm")
-    if with_vllm and importlib.util.find_spec("vllm") is None:
-        raise RecipeError("vLLM is not installed", "rl.trainer.use_vllm", "install heatbath[vllm], or leave it out")
     if recipe.lora is not None:
         memory.require_lora_targets(recipe)
 

@@ -26,6 +26,7 @@ from heatbath.stages import rollouts
 from heatbath.stages.fixed_policies import FixedPolicies
 from heatbath.stages.fused_forward import add_objective_forward
 from heatbath.stages.training import own_part, require_finite, without_dropout
+from heatbath.stages.vllm_server import explained
 from heatbath.verify.verdict import STATUSES
 
 # What TRL measures, under the name it has here; everything else TRL logs is dropped, above all its "loss", which is
@@ -73,10 +74,12 @@ class PolicyTrainer(trl.GRPOTrainer):
         kl_every: int = 1,
         **kwargs: Any,
     ):
-        require_only_what_the_policy_does(kwargs.get("args") or (args[2] if len(args) > 2 else trl.GRPOConfig()))
+        given = kwargs.get("args") or (args[2] if len(args) > 2 else trl.GRPOConfig())
+        require_only_what_the_policy_does(given)
         if kwargs.get("tools"):
             raise RunError("heatbath renders no tools into prompts", "tools", "use TRL's own trainer for them")
-        super().__init__(*args, **kwargs)
+        with explained(given):
+            super().__init__(*args, **kwargs)
         self.policy, self.kl_every = policy.at_length(self.max_completion_length), kl_every
         without_dropout(self.model)
         self.fixed = FixedPolicies(self.model, initial, base, self.accelerator.device)
@@ -105,8 +108,9 @@ class PolicyTrainer(trl.GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         # One outer autocast context keeps the 16-bit copies of the weights for the whole generation; without it they
-        # are cast again at every token.
-        with self.accelerator.autocast():
+        # are cast again at every token. vLLM has a precision of its own.
+        context = explained(self.args) if self.use_vllm else self.accelerator.autocast()
+        with context:
             if isinstance(self.policy, Guided) and self.model.training:
                 completions, logps, self._copied = rollouts.guided(
                     self, self.policy, prompt_ids, self._asked, super()._generate_single_turn

@@ -68,7 +68,7 @@ def start_of(run: Run, recipe: Recipe) -> PreTrainedModel | peft.PeftModel:
         raise RunError("the warm start was saved without its adapter", str(adapter), "train it again: heatbath sft")
     model = models.load_model(run.model_of("base"), torch.float32)
     run.require_same_base(models.fingerprint(model))
-    stacked = peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+    stacked = models.load_adapter(model, adapter, is_trainable=True)
     stacked.load_adapter(str(adapter), adapter_name=INIT, is_trainable=False)
     return stacked
 
@@ -140,6 +140,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> trl.GRPOConfig:
         "max_completion_length": settings.max_new_tokens,
         "temperature": settings.temperature,
         "beta": 0.0,
+        "trust_remote_code": recipe.trust_remote_code,
         "reward_weights": list(recipe.reward.weighted.values()),
         "logging_steps": 1,
         **optimizer_arguments(settings, recipe, window=steps),

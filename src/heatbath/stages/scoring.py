@@ -51,6 +51,29 @@ def unscored(one: Mapping[str, Any]) -> str:
     )
 
 
+REPEATED = 5  # problems whose samples must all be alike before it is said
+
+
+def alike(samples: Samples) -> int:
+    """How many problems were sampled more than once, where every sample of each of them is the same; else 0. An engine
+    that draws greedily whatever temperature it is asked for makes pass@k of that temperature a fiction."""
+    answers: dict[str, list[tuple[int, ...]]] = {}
+    for row in samples:
+        answers.setdefault(row["problem"], []).append(tuple(row["ids"]))
+    repeated = [ids for ids in answers.values() if len(ids) > 1]
+    return len(repeated) if len(repeated) >= REPEATED and all(len(set(ids)) == 1 for ids in repeated) else 0
+
+
+def drawn_alike(one: Mapping[str, Any]) -> str:
+    """An entry of `alike` in results.json, in words."""
+    where = "" if one["task"] == OWN_TEST else f" in {one['task']}"
+    return (
+        f"All samples of each of {one['problems']:,} problems are the same ({one['policy']}{where}, temperature "
+        f"{one['temperature']:g}): the engine seems to draw greedily. A server may follow the model's own "
+        "generation_config.json (do_sample)"
+    )
+
+
 def _scores(rows: Samples, ks: Sequence[int], votes: bool) -> dict[str, Any]:
     problems, n, right = per_problem(rows)
     done = [r for r in rows if r["finished"]]

@@ -359,9 +359,7 @@ def load_model(name: str, dtype: torch.dtype) -> Any:
     base = _base_of_adapter(name)
     if base is None:
         return models.load_model(name, dtype)
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(models.load_model(base, dtype), str(Path(name).expanduser())).eval()
+    return models.load_adapter(models.load_model(base, dtype), Path(name).expanduser()).eval()
 
 
 def _base_of_adapter(name: str) -> str | None:

@@ -18,6 +18,7 @@ from heatbath.ideas.intervals import Estimate, mean_with_interval, paired_differ
 from heatbath.ideas.shift import POOLS, TOP_SHARE, by_problem
 from heatbath.report.tables import interval
 from heatbath.stages.shift_settings import LAYERS, MEANS, Settings
+from heatbath.terminal import printable
 
 DISTRIBUTION = ("kl_from_to", "kl_to_from", "entropy_from", "entropy_to", "logp_from", "logp_to")
 BOUNDS = {"cosine": (-1.0, 1.0), "overlap": (0.0, 1.0), "jaccard": (0.0, 1.0), "logp": (-math.inf, 0.0)}  # else [0, ∞)
@@ -118,13 +119,13 @@ def show(found: dict[str, Any], console: Console) -> None:
     """The shift of one run, or of two side by side, on a terminal."""
     runs = found.get("runs", [found])
     for run in runs:
-        console.print(described(run), soft_wrap=True, markup=False)
+        console.print(printable(described(run)), soft_wrap=True, markup=False)
     console.print()
     console.print(_table(rows(runs[0]) if len(runs) == 1 else rows_of_two(found)))
     for run in runs:
         console.print()
         if len(runs) > 1:
-            console.print(run["run"], markup=False)
+            console.print(printable(run["run"]), markup=False)
         console.print(_table(geometry_rows(run)))
         for t in run["transitions"]:
             shares = [f"{t['l2_top_share'][layer]:.0%} of L2 {layer} the final norm" for layer in LAYERS]

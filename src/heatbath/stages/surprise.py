@@ -22,6 +22,7 @@ from heatbath.report import tables
 from heatbath.report.page import write_surprise
 from heatbath.run import is_run, write_atomically
 from heatbath.stages.measuring import MeasuredBase, left_open, require_columns
+from heatbath.terminal import printable
 
 WIDTH = 48  # characters of the longest bar
 
@@ -78,15 +79,16 @@ def run_surprise(recipe: Recipe, folder: Path, command: str, progress: Progress)
 
 def show(found: dict[str, Any], console: Console) -> None:
     """The profile on a terminal: histogram, shares by β and kind, the most surprising tokens, caches, the reading."""
-    console.print(f"{found['rows']:,} demonstrations, {found['tokens']:,} supervised tokens of {found['model']}\n")
+    base = printable(found["model"])
+    console.print(f"{found['rows']:,} demonstrations, {found['tokens']:,} supervised tokens of {base}\n", markup=False)
     _histogram(found, console)
     console.print(_table(tables.beta_rows(found)))
     if found["kinds"]:
         console.print(_table(tables.kind_rows(found)))
     console.print("\nmost surprising, in context")
     for token in found["most_surprising"]:
-        line = Text(f"{token['nats']:6.1f} nats  {token['before']}")
-        line.append(f"⟦{token['token']}⟧", style="bold")
+        line = Text(f"{token['nats']:6.1f} nats  {printable(token['before'])}")
+        line.append(f"⟦{printable(token['token'])}⟧", style="bold")
         console.print(line, soft_wrap=True)
     console.print(_table(tables.cache_rows(found)))
     console.print(tables.cache_text(found), soft_wrap=True, markup=False)

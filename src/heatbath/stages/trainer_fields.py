@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from heatbath.addresses import require_no_credentials
 from heatbath.sections import PREFERENCE_LOSSES
 
 # Fields that a key of the recipe sets already: two places for one setting would overwrite one of them.
@@ -81,6 +82,8 @@ REFUSED = {
     **dict.fromkeys(("completion_only_loss", "assistant_only_loss", "shuffle_dataset"), ROWS),
     **dict.fromkeys(("packing_strategy", "eval_packing", "chat_template_kwargs"), ROWS),
     "model_init_kwargs": "heatbath loads the model itself",
+    "trust_remote_code": "the recipe's top-level trust_remote_code decides",
+    "hub_token": "a recipe is copied into the run and its report; log in with `hf auth login`",
 }
 REFUSED_IN_RL = {
     "logging_steps": "the log has a row for every step",
@@ -106,6 +109,32 @@ REFUSED_IN_PREFERENCE = {
     **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), EXACT),
 }
 REFUSED_IN = {"preference": REFUSED_IN_PREFERENCE, "rl": REFUSED_IN_RL}
+# Fields that only one of TRL's vLLM modes reads; every other vllm_ field is read by both.
+READ_BY_MODE = {
+    "colocate": (
+        "vllm_gpu_memory_utilization",
+        "vllm_max_model_length",
+        "vllm_tensor_parallel_size",
+        "vllm_enable_sleep_mode",
+        "vllm_model_impl",
+    ),
+    "server": (
+        "vllm_server_base_url",
+        "vllm_server_host",
+        "vllm_server_port",
+        "vllm_server_timeout",
+        "vllm_group_port",
+    ),
+}
+WITHOUT_VLLM = ("use_transformers_continuous_batching", "cache_implementation")
+CORRECTION = "vllm_importance_sampling_correction"
+# What `generation_kwargs` may not hold, for the recipe says it elsewhere; and a seed, which TRL would send with every
+# request, so that each step would draw with the same numbers.
+GENERATION = {
+    "temperature": "rl.temperature",
+    **dict.fromkeys(("max_tokens", "max_new_tokens", "max_length"), "rl.max_new_tokens"),
+    **dict.fromkeys(("n", "num_return_sequences"), "rl.group_size"),
+}
 # Fields of trl.DPOConfig that only some of its losses read, and those that UNA, whose loss is our own, does not.
 _DIFFERENCES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust")  # losses of the difference of two rewards
 _DPO = PREFERENCE_LOSSES["dpo"]
@@ -146,8 +175,38 @@ def check_fields(stage: str, given: dict[str, Any]) -> None:
             problems.append(f"{name} cannot be set: {refused[name]}")
         elif (trouble := _refusal(types[name], value)) is not None:
             problems.append(f"{name}: {trouble} (got {value!r})")
+    if stage == "rl" and not problems:
+        problems = _contradictions(given)
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _contradictions(given: dict[str, Any]) -> list[str]:
+    """Fields about sampling in `[rl.trainer]` that another of them leaves unread, or that the recipe says elsewhere."""
+    own = given.get("generation_kwargs") or {}
+    found = [f"generation_kwargs.{k} is set by {GENERATION[k]}; set that instead" for k in own if k in GENERATION]
+    about = [name for name in given if name.startswith("vllm_")]
+    if not given.get("use_vllm"):
+        return [*found, *(f"{name} is read only with use_vllm = true" for name in about)]
+    mode = given.get("vllm_mode", "colocate")
+    if mode not in READ_BY_MODE:
+        return [*found, f"vllm_mode is colocate or server (got {mode!r})"]
+    other = "server" if mode == "colocate" else "colocate"
+    found += [f'{name} is read only with vllm_mode = "{other}"' for name in about if name in READ_BY_MODE[other]]
+    found += [f"{name} is read only without use_vllm" for name in WITHOUT_VLLM if name in given]
+    if "vllm_server_base_url" in given:
+        doubled = [name for name in ("vllm_server_host", "vllm_server_port") if name in given]
+        found += [f"{name} is not read beside vllm_server_base_url" for name in doubled]
+        try:
+            require_no_credentials(str(given["vllm_server_base_url"]))
+        except ValueError as error:
+            found.append(f"vllm_server_base_url: {error}")
+    if not given.get(CORRECTION, True):
+        unread = [name for name in about if name.startswith("vllm_importance_sampling_") and name != CORRECTION]
+        found += [f"{name} is read only with {CORRECTION} = true" for name in unread]
+    if "seed" in own:
+        found.append("generation_kwargs.seed would be sent with every request, so that each step draws alike")
+    return found
 
 
 def _refusal(kind: Any, value: Any) -> str | None:

@@ -37,6 +37,7 @@ from heatbath.progress import Progress
 from heatbath.recipe import Recipe
 from heatbath.run import Run
 from heatbath.sections import Lora, Optimizer
+from heatbath.unpickling import require_data
 
 CARRIED = "heatbath.pt"
 ADAPTER = "adapter"  # beside a merged checkpoint: what was merged, for a later stage to go on with
@@ -106,6 +107,7 @@ def train(trainer: Any, run: Run, stage: str, progress: Progress) -> None:
     SIGTERM) lets the step in flight end and saves it; a second one ends at once. Raises KeyboardInterrupt then."""
     checkpoint = ranks.agreed(lambda: run.last_checkpoint(stage, progress.say))
     if checkpoint is not None:
+        require_data(checkpoint)
         progress.say(f"{stage}: going on after step {checkpoint.name.rpartition('-')[2]}")
     stopping = _StopAfterStep(trainer.args, progress)
     trainer.add_callback(stopping)

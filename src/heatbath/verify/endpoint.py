@@ -13,7 +13,6 @@ import json
 import math
 import os
 import random
-import re
 import threading
 import time
 import uuid
@@ -25,6 +24,7 @@ from types import ModuleType
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
+from heatbath.addresses import bare, credentials, without_credentials
 from heatbath.errors import RecipeError, RunError
 
 Messages = Sequence[Mapping[str, str]]
@@ -33,6 +33,7 @@ LONGEST_BACKOFF = 60.0  # seconds
 LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more is an error, not a pause
 TRY_AGAIN = frozenset({408, 409, 425, 429})  # and every 5xx
 THIS_REQUEST = frozenset({400, 413, 422})  # the conversation is at fault, others may pass
+SECRET = 12  # characters: no key of a paid service is shorter
 OUT_OF_QUOTA = "insufficient_quota"  # a 429 that no waiting mends
 
 
@@ -82,6 +83,8 @@ class Endpoint:
             )
         if self.concurrency < 1 or self.retries < 0:
             raise RecipeError("concurrency must be at least 1, retries at least 0", self._shown_url, "")
+        # Kept apart from the address: HTTP libraries log addresses.
+        self._login, self.base_url = credentials(self.base_url), bare(self.base_url)
         self.cache = None if self.cache is None else Path(self.cache).expanduser()
         self._slots = threading.BoundedSemaphore(self.concurrency)
         self._lock = threading.Lock()
@@ -181,12 +184,12 @@ class Endpoint:
             except http.TimeoutException:
                 what = f"no answer within {self.timeout:g} seconds"
             except http.RequestError as error:
-                what = f"no connection: {error}"
+                what = f"no connection: {without_credentials(str(error))}"
             else:
-                found, what = _understood(response, read)
+                found, what = _understood(response, read, key)
                 if found is not None:
                     return found
-                what = self._without_key(what, key)[:400]
+                what = _without(what, key)[:400]
                 if not _may_pass_later(response):
                     raise self._fault(response.status_code, what)
                 wait = _retry_after(response.headers.get("retry-after", ""))
@@ -227,12 +230,9 @@ class Endpoint:
             raise RecipeError("the key holds characters that no HTTP header takes", f"${self.key_env}", "set it anew")
         return key
 
-    def _without_key(self, text: str, key: str) -> str:
-        return text.replace(key, "***") if key else text
-
     @property
     def _shown_url(self) -> str:
-        return re.sub(r"//[^/@]*@", "//***@", self.base_url)
+        return without_credentials(self.base_url)
 
     def __repr__(self) -> str:
         return f"Endpoint({self._shown_url!r}, {self.model!r})"
@@ -241,7 +241,7 @@ class Endpoint:
         with self._lock:
             if self._client is None:
                 limits = http.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-                self._client = http.Client(timeout=self.timeout, limits=limits)
+                self._client = http.Client(timeout=self.timeout, limits=limits, auth=self._login)
             return self._client
 
 
@@ -261,10 +261,15 @@ def _http() -> ModuleType:
         raise RecipeError("no HTTP client is installed", "httpx", "pip install 'heatbath[api]'") from None
 
 
-def _understood(response: Any, read: Callable[[Any], Read]) -> tuple[Read | None, str]:
-    """What `read` finds, or why there is nothing."""
+def _without(text: str, key: str) -> str:
+    return text.replace(key, "***") if key else text
+
+
+def _understood(response: Any, read: Callable[[Any], Read], key: str = "") -> tuple[Read | None, str]:
+    """What `read` finds, or why there is nothing. An answer that repeats the key is kept without it; a key of a few
+    letters is the placeholder of a local server ("EMPTY", "x"), which answers hold by chance."""
     try:
-        content = response.json()
+        content = json.loads(_without(response.text, key)) if len(key) >= SECRET else response.json()
     except ValueError:
         content = None
     if response.status_code == 200:

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from heatbath import models
 from heatbath.errors import DataError, RecipeError, RunError
 
@@ -184,7 +186,8 @@ def _model(name: str, dtype: torch.dtype) -> PreTrainedModel:
             f"'{name}' is no reward model: {kind} with {config.num_labels} outputs", "reward model", REMEDY
         )
     load = AutoModelForSequenceClassification.from_pretrained
-    model, info = _loaded(name, load, dtype=dtype, output_loading_info=True)
+    models.require_safetensors(models.resolve(name), "model")
+    model, info = _loaded(name, load, dtype=dtype, output_loading_info=True, use_safetensors=True)
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise RecipeError(
@@ -199,8 +202,8 @@ def _loaded(name: str, load: Callable[..., Any], **kwargs: Any) -> Any:
 
     logging.disable_progress_bar()  # a bar for every file read, in the middle of ours
     try:
-        return load(models.resolve(name), **kwargs)
-    except (OSError, ValueError) as error:
+        return load(models.resolve(name), trust_remote_code=False, **kwargs)
+    except (OSError, ValueError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RecipeError(f"cannot load the reward model '{name}': {first}", "reward model", REMEDY) from error
 
