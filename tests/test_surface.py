@@ -16,7 +16,7 @@ STAGE_OPTIONS = ["--change", "--dry-run", "--fresh", "--json", "--out", "--resum
 COMMANDS = {
     "run": STAGE_OPTIONS,
     "sft": STAGE_OPTIONS,
-    "rl": STAGE_OPTIONS,
+    "rl": sorted([*STAGE_OPTIONS, "--engine"]),
     "eval": sorted([*STAGE_OPTIONS, "--rescore"]),
     "compare": [
         "--baseline",
@@ -186,6 +186,7 @@ KEYS = [
     "rl.trainer",
     "rl.truncate",
     "rl.update_prompts",
+    "rl.verl",
     "rl.warmup_steps",
     "rl.weight_decay",
     "seed",

@@ -27,6 +27,7 @@ from heatbath.cli_options import (
 from heatbath.errors import RecipeError
 
 if TYPE_CHECKING:
+    from heatbath.data.rows import Splits
     from heatbath.progress import Progress
     from heatbath.recipe import Recipe
     from heatbath.run import Run
@@ -73,11 +74,17 @@ def rl(
     resume: Resume = False,
     fresh: Fresh = False,
     change: Change = None,
+    engine: Annotated[
+        str, typer.Option("--engine", help="trl: here. verl: in its own environment, on a Ray cluster (docs/verl.md).")
+    ] = "trl",
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Reinforcement learning alone: init (or base) to final."""
-    _stage("rl", recipe, overrides, dry_run, out, (resume, fresh, change), json, verbose)
+    if engine not in ("trl", "verl"):
+        raise RecipeError(f"no engine is called '{engine}'", "--engine", "trl or verl")
+    stage = "rl on verl" if engine == "verl" else "rl"
+    _stage(stage, recipe, overrides, dry_run, out, (resume, fresh, change), json, verbose)
 
 
 @app.command("eval")
@@ -124,14 +131,23 @@ def _stage(
     from heatbath.stages import pipeline
 
     folder = out or Path("runs") / name_of(recipe)
-    stages = {"run": pipeline.stages_of(loaded), "rescore": ("eval",)}.get(stage, (stage,))
+    if stage == "rl on verl":
+        from heatbath.integrations.verl.translate import require_carried
+
+        require_carried(loaded)
+    stages = {"run": pipeline.stages_of(loaded), "rescore": ("eval",), "rl on verl": ("rl",)}.get(stage, (stage,))
     whole = stage == "run"
     if dry_run:
         from heatbath.stages import plan
 
         found = plan.plan(loaded, stages, [a for a in sys.argv[1:] if a not in ("--dry-run", "--json")])
         found["folder"] = plan.folder_line(folder, loaded, stages, how, whole)
-        typer.echo(jsonlib.dumps(found, ensure_ascii=False) if json else plan.show(found))
+        if stage == "rl on verl":
+            from heatbath.integrations.verl.files import planned
+
+            found |= planned(Run(folder, loaded), loaded)
+        shown = "\n".join([plan.show(found), *([found["verl"]] if "verl" in found else [])])
+        typer.echo(jsonlib.dumps(found, ensure_ascii=False) if json else shown)
         return
     progress = Progress(quiet=json)
     if stage == "rescore":
@@ -148,26 +164,34 @@ def _stage(
             opened.write_json("data.json", splits.report())
             for note in splits.notes:
                 progress.say(note)
-        result = _finish(stage, opened, loaded, progress)
+        result = _finish(stage, opened, loaded, splits, progress)
     if json:
         typer.echo(jsonlib.dumps({"run": str(folder), **(result or {})}))
     else:
         typer.echo(_closing(opened, result))
 
 
-def _finish(stage: str, opened: Run, loaded: Recipe, progress: Progress) -> dict[str, Any] | None:
+def _finish(
+    stage: str, opened: Run, loaded: Recipe, splits: Splits | None, progress: Progress
+) -> dict[str, Any] | None:
     try:
-        return _call(stage, opened, loaded, progress)
+        return _call(stage, opened, loaded, splits, progress)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; --resume goes on with {opened.folder}", err=True)
         raise typer.Exit(130) from None
 
 
-def _call(stage: str, opened: Run, loaded: Recipe, progress: Progress) -> dict[str, Any] | None:
+def _call(stage: str, opened: Run, loaded: Recipe, splits: Splits | None, progress: Progress) -> dict[str, Any] | None:
+    result: dict[str, Any] | None = None
     if stage == "rescore":
         from heatbath.stages.evaluate import rescore
 
-        result: dict[str, Any] | None = rescore(opened, loaded, progress)
+        result = rescore(opened, loaded, progress)
+    elif stage == "rl on verl":
+        from heatbath.integrations.verl.launch import run_rl_on_verl
+
+        assert splits is not None
+        run_rl_on_verl(opened, loaded, splits, progress)
     else:
         from heatbath.stages.pipeline import run_all, run_stage
 
