@@ -97,7 +97,7 @@ def take_over(run: Run, policy: str, checkpoint: Path, progress: Progress) -> No
     """A checkpoint of verl as a policy of the run: the whole weights that it saved beside its shards, else its merger's
     (which rounds to 16 bits). Raises RunError where what lies there is no model."""
     whole = checkpoint / "huggingface"
-    start = run.folder / files.FOLDER / "tokenizer"
+    tokenizer = run.folder / files.FOLDER / "tokenizer"
     with run.new_checkpoint(policy) as folder:
         if list(whole.glob("*.safetensors")):
             shutil.copytree(whole, folder, dirs_exist_ok=True)
@@ -107,8 +107,7 @@ def take_over(run: Run, policy: str, checkpoint: Path, progress: Progress) -> No
             merge = [python, "-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", str(checkpoint)]
             _call([*merge, "--target_dir", str(folder)], python, run.folder / files.FOLDER)
             said = "its shards, merged and rounded to 16 bits by verl"
-        models.load_tokenizer(str(start)).save_pretrained(folder)
-        models.load_config(str(folder))
+        shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
         if not list(folder.glob("*.safetensors")):
             raise RunError("verl's checkpoint holds no weights", str(checkpoint), "look at what verl wrote there")
         progress.say(f"{policy}: taken over from {checkpoint} ({said})")
