@@ -18,6 +18,22 @@ def composed(path: str):
         return compose(config_name=Path(path).stem)
 
 
+def checks(asked: dict) -> list:
+    """What heatbath's check of a configuration says under each list of overrides: exit code and stderr."""
+    from contextlib import redirect_stderr
+    from io import StringIO
+
+    from heatbath.integrations.verl import check
+
+    out = []
+    for path, overrides in asked["calls"]:
+        said = StringIO()
+        with redirect_stderr(said):
+            code = check.main([path, *overrides])
+        out.append([code, said.getvalue()])
+    return out
+
+
 def rows(asked: dict) -> dict:
     """Our tables through verl's dataset class, and the ids that its agent loop would begin with."""
     from verl.trainer.ppo.utils import create_rl_dataset
@@ -125,7 +141,5 @@ def losses(asked: dict) -> list:
 
 if __name__ == "__main__":
     question, folder = sys.argv[1], Path(sys.argv[2])
-    answer = {"rows": rows, "reward": reward, "losses": losses}[question](
-        json.loads((folder / "asked.json").read_text())
-    )
-    print("answer: " + json.dumps(answer))
+    answers = {"checks": checks, "rows": rows, "reward": reward, "losses": losses}
+    print("answer: " + json.dumps(answers[question](json.loads((folder / "asked.json").read_text()))))

@@ -9,10 +9,10 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import venv
 from pathlib import Path
@@ -38,15 +38,7 @@ HERE, SOURCE = Path(__file__).parent, Path(launch.__file__).parents[3]
 # torch first and alone: as somebody's dependency it brings CUDA. antlr4 is hydra's, which math-verify takes as well.
 PACKAGES = (
     ("torch==2.13.0",),
-    (
-        "transformers==5.10.4",
-        "ray==2.60.0",
-        "tensordict==0.10.0",
-        "torchdata==0.11.0",
-        "datasets",
-        "peft",
-        "accelerate",
-    ),
+    ("transformers==5.10.4", "ray==2.60.0", "tensordict==0.10.0", "torchdata==0.11.0", "datasets", "peft"),
     (f"verl=={launch.VERL}", "uvicorn", "fastapi", "pyzmq", "msgspec", "cachetools", "math-verify", "pebble"),
     ("--no-deps", "TransferQueue==0.1.11"),
 )
@@ -90,7 +82,7 @@ def on_cpu(python: str) -> dict[str, str]:
     return environment(python, VERL_USE_EXTERNAL_MODULES="verl_on_cpu", VERL_PLATFORM="cpu", GPUS="1")
 
 
-def call(command: list[str], env: dict[str, str], timeout: float = 400) -> tuple[int, str]:
+def call(command: list[str], env: dict[str, str], timeout: float = 900) -> tuple[int, str]:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
     return done.returncode, done.stdout + done.stderr
 
@@ -136,20 +128,23 @@ def with_policy(folder: Path, given: object, model: Path) -> Path:
 
 
 def test_verl_accepts_the_configuration_of_every_policy(python: str, small_base: Path, tmp_path: Path) -> None:
-    for name, hyper in POLICIES.items():
-        path = with_policy(tmp_path / name, {"name": name, **hyper}, small_base)
-        code, said = call([python, "-m", "heatbath.integrations.verl.check", str(path)], on_cpu(python))
-        assert code == 0 and "All configuration checks passed" in said, said[-2000:]
+    paths = [with_policy(tmp_path / n, {"name": n, **hyper}, small_base) for n, hyper in POLICIES.items()]
+    found = ask(python, "checks", tmp_path, calls=[[str(path), []] for path in paths])
+    assert [code for code, _ in found] == [0] * len(POLICIES), found
+    for path in paths:
         whole = yaml.safe_load(path.with_name("rl.composed.yaml").read_text())
         assert whole["critic"]["ppo_epochs"] and whole["actor_rollout_ref"]["rollout"]["n"] == 4, "verl's defaults too"
 
 
 def test_verl_refuses_what_it_does_not_know(python: str, small_base: Path, tmp_path: Path) -> None:
-    path = with_policy(tmp_path / "one", "grpo", small_base)
-    check = [python, "-m", "heatbath.integrations.verl.check", str(path)]
-    for wrong in ("+trainer.nodes=2", "+actor_rollout_ref.actor.clip_rate=0.1", "data.train_batch_size=3"):
-        code, said = call([*check, wrong], on_cpu(python))
-        assert code == 2 and "error: verl refuses the configuration" in said, (wrong, said[-500:])
+    path = str(with_policy(tmp_path / "one", "grpo", small_base))
+    wrong = ["+trainer.nodes=2", "+actor_rollout_ref.actor.clip_rate=0.1", "data.train_batch_size=3"]
+    found = ask(python, "checks", tmp_path, calls=[[path, [override]] for override in wrong])
+    assert [code for code, _ in found] == [2] * len(wrong), found
+    for (_, said), word in zip(found, ("trainer.nodes", "clip_rate", "train_batch_size"), strict=True):
+        assert "error: verl refuses the configuration" in said and word in said
+    code, said = call([python, "-m", "heatbath.integrations.verl.check", path], on_cpu(python))
+    assert code == 0 and "verl accepts rl.yaml" in said, said[-2000:]
 
 
 def test_verls_dataset_reads_our_rows_as_heatbath_asks_them(python: str, run: Run, tmp_path: Path) -> None:
@@ -190,13 +185,14 @@ def test_verls_losses_under_our_configuration_are_heatbaths(python: str, small_b
     logp = -2 * torch.rand(B, T, generator=g, dtype=torch.float64)
     tensors = {
         "logp": logp,
-        "old_logp": logp + 0.4 * torch.randn(B, T, generator=g, dtype=torch.float64),
+        "old_logp": logp + 0.8 * torch.randn(B, T, generator=g, dtype=torch.float64),
         "ref_logp": logp + 0.3 * torch.randn(B, T, generator=g, dtype=torch.float64),
         "entropy": torch.rand(B, T, generator=g, dtype=torch.float64),
         "rewards": torch.tensor([1, 0, 0, 1, 0, 0, 0, 1, 1, 1, 0.5, 0], dtype=torch.float64),
         "mask": mask,
     }
     groups = torch.arange(B) // 4
+    assert float((tensors["logp"] - tensors["old_logp"]).exp().max()) > 3, "where verl's own dual clip would act"
     configs = [str(with_policy(tmp_path / n, {"name": n, **h}, small_base)) for n, h in POLICIES.items()]
     given = {name: value.tolist() for name, value in tensors.items()}
     found = ask(python, "losses", tmp_path, configs=configs, tensors=given, groups=groups.tolist())
@@ -206,12 +202,10 @@ def test_verls_losses_under_our_configuration_are_heatbaths(python: str, small_b
         more = {key: tensors[key] for key in ("old_logp", "mask", "rewards", "ref_logp", "entropy")}
         loss = policy_loss(policy(name, **hyper), mine, groups=groups, **more)
         loss.backward()
-        assert abs(theirs["loss"] - float(loss)) < 1e-6 * max(1, abs(float(loss))), name
-        # verl's advantages are of float32 rewards in part
-        torch.testing.assert_close(
-            torch.tensor(theirs["gradient"], dtype=torch.float64), mine.grad, rtol=1e-5, atol=1e-8
-        )
-        seen.add(round(float(loss), 6))
+        value, gradient = float(loss.detach()), torch.tensor(theirs["gradient"], dtype=torch.float64)
+        assert abs(theirs["loss"] - value) < 1e-6 * max(1, abs(value)), name
+        torch.testing.assert_close(gradient, mine.grad, rtol=1e-5, atol=1e-8)
+        seen.add(round(value, 6))
     assert len(seen) == len(POLICIES), "policies whose losses are the same would hide a mix-up"
 
 
@@ -265,8 +259,8 @@ def test_two_steps_of_verls_sft_trainer_have_the_loss_of_algorithm_1(
     assert code == 0, said[-3000:]
     found = [float(x) for x in re.findall(r"train/loss:([0-9.]+)", said)]
     print(f"\n{processes} process(es): verl {found}, Algorithm 1 in float64 {truth}")
-    assert len(found) == 2 and abs(found[0] - truth[0]) < 1e-5, (found, truth)
-    assert abs(found[1] - truth[1]) < 1e-4, (found, truth)  # after a float32 AdamW step
+    assert len(found) == 2 and abs(found[0] - truth[0]) < 1e-6, (found, truth)
+    assert abs(found[1] - truth[1]) < 1e-5, (found, truth)  # after a float32 AdamW step
     assert truth[0] - truth[1] > 1e-2, "the step moved the loss by far more than that"
     plain = yaml.safe_load((run.folder / "verl" / "sft.yaml").read_text())["heatbath"]["objective"]
     assert plain == {"name": "gift", "beta": BETA}
@@ -306,20 +300,22 @@ def test_the_job_reaches_the_ray_cluster_it_is_given(python: str, run: Run, star
     rows, and starts its workers; these stop for want of a real GPU."""
     if not run.checkpoint("init").exists():
         shutil.copytree(start, run.checkpoint("init"))
-    port, env = free_port(), environment(python)
+    port, env, home = free_port(), environment(python), tempfile.mkdtemp(prefix="ray-")  # a socket's path is short
     options = ["--head", "--block", f"--port={port}", "--num-gpus=2", "--num-cpus=64", "--include-dashboard=false"]
-    ray = [str(Path(python).with_name("ray")), "start", *options, "--disable-usage-stats", f"--temp-dir={tmp_path}/ray"]
+    ray = [str(Path(python).with_name("ray")), "start", *options, "--disable-usage-stats", f"--temp-dir={home}"]
     with open(tmp_path / "ray.log", "w") as log:
         head = subprocess.Popen(ray, env=env, stdout=log, stderr=log, start_new_session=True)
     try:
         waited = time.time()
-        while "Ray runtime started" not in (tmp_path / "ray.log").read_text() and time.time() - waited < 60:
+        while "Ray runtime started" not in (tmp_path / "ray.log").read_text():
+            assert head.poll() is None and time.time() - waited < 90, (tmp_path / "ray.log").read_text()[-2000:]
             time.sleep(1)
         command = [sys.executable, "-m", "heatbath", "rl", str(run.folder), "--engine", "verl", "--resume"]
-        code, said = call(command, env | {"RAY_ADDRESS": f"127.0.0.1:{port}"})
+        code, said = call(command, env | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, timeout=600)
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
+        head.terminate()  # it ends what it has started
         head.wait(30)
+        shutil.rmtree(home, ignore_errors=True)
     assert f"127.0.0.1:{port} set in the environment variable RAY_ADDRESS" in said, said[-2000:]
     assert "Connected to Ray cluster" in said
     inside = [line for line in said.splitlines() if "TaskRunnerV1 pid=" in line]
