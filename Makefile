@@ -31,7 +31,7 @@ test-slow: $(READY_DEV)
 
 # verl has an environment of its own (2 GB, built once in the cache folder), or that of HEATBATH_VERL_PYTHON.
 test-verl: $(READY_DEV)
-	$(BIN)/python -m pytest -v -s -m slow tests/integrations/test_verl_package.py
+	$(BIN)/python -m pytest -vv -s -m slow tests/integrations/test_verl_package.py
 
 check: $(READY_DEV)
 	$(BIN)/ruff check .

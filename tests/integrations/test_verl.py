@@ -244,6 +244,7 @@ def batch(seed: int = 0) -> tuple[dict, torch.Tensor, torch.Tensor]:
     lengths = (9, 5, 13)
     ids = [torch.randint(5, 100, (n,), generator=g) for n in lengths]
     masks = [torch.cat([torch.zeros(2, dtype=torch.long), torch.ones(n - 2, dtype=torch.long)]) for n in lengths]
+    masks[1][:] = 1  # its first token has nothing to be predicted from
     data = {
         "input_ids": torch.nested.as_nested_tensor(ids, layout=torch.jagged),
         "loss_mask": torch.nested.as_nested_tensor(masks, layout=torch.jagged),

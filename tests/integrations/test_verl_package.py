@@ -47,7 +47,7 @@ BETA, LR = 3.0, 1e-3
 POLICIES = {
     "paper": {},
     "grpo": {"std_epsilon": 1e-6, "kl": 0.1},
-    "dr_grpo": {"clip_high": 0.4, "kl": 0.05, "kl_estimator": "k2"},
+    "dr_grpo": {"length": 40, "clip_high": 0.4, "kl": 0.05, "kl_estimator": "k2"},
     "dapo": {"std_epsilon": 1e-6, "overlong": 0.0, "dynamic_sampling": False, "dual_clip": 1.5},
     "gspo": {"std_epsilon": 1e-6, "clip_low": 0.05, "clip_high": 0.1},
     "cispo": {"std_epsilon": 1e-6, "clip_high": 1.1, "entropy": 0.1},
