@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 10000
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-slow check docs format clean
+.PHONY: demo test test-slow test-verl check docs format clean
 
 demo: $(READY)
 	@test ! -e $(OUT)/report.html || { echo "$(OUT) holds a finished run: open $(OUT)/report.html, or make demo OUT=$(OUT)-2"; exit 1; }
@@ -28,6 +28,10 @@ test: $(READY_DEV)
 test-slow: $(READY_DEV)
 	@sh tests/system-packages.sh
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# verl has an environment of its own (2 GB, built once in the cache folder), or that of HEATBATH_VERL_PYTHON.
+test-verl: $(READY_DEV)
+	$(BIN)/python -m pytest -vv -s -m slow tests/integrations/test_verl_package.py
 
 check: $(READY_DEV)
 	$(BIN)/ruff check .

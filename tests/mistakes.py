@@ -128,6 +128,11 @@ def recipe(title: str, change: str, *says: str) -> Mistake:
     return Mistake(title, f"run r.toml {change} --dry-run", says, {"r.toml": RECIPE})
 
 
+def on_verl(title: str, change: str, *says: str) -> Mistake:
+    """A recipe that verl's engine cannot take."""
+    return Mistake(title, f"rl r.toml {change} --engine verl --dry-run".replace("  ", " "), says, {"r.toml": RECIPE})
+
+
 def compared(title: str, options: str, *says: str) -> Mistake:
     """A comparison that its options make wrong."""
     return Mistake(title, f"compare r.toml {options} --dry-run", says, {"r.toml": RECIPE})
@@ -486,6 +491,16 @@ SECTIONS: dict[str, list[Mistake]] = {
             "run r.toml --dry-run",
             ("'choices' holds no options", "row 1"),
             files(demos(ROW | {"choices": 4}), data='fields = { options = "choices" }'),
+        ),
+    ],
+    "verl": [
+        on_verl("A policy that verl does not have", "rl.policy=implicit", "verl has no policy 'implicit'", "rloo with"),
+        on_verl("A part that verl does not have", "rl.policy=reinforce", "verl has no advantage 'reward'", "centred"),
+        on_verl("Fewer completions than GPUs", "", "no multiple of 8 GPUs", "n_gpus_per_node"),
+        on_verl(
+            "A key of verl that the recipe decides",
+            "rl.micro_batch=1 rl.verl.data.train_batch_size=64",
+            "verl's data.train_batch_size is set by the recipe itself",
         ),
     ],
     "Tasks of an evaluation": [

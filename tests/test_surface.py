@@ -17,7 +17,7 @@ STAGE_OPTIONS += ["--verbose", "-v"]
 COMMANDS = {
     "run": STAGE_OPTIONS,
     "sft": STAGE_OPTIONS,
-    "rl": STAGE_OPTIONS,
+    "rl": sorted([*STAGE_OPTIONS, "--engine"]),
     "eval": sorted([*STAGE_OPTIONS, "--rescore"]),
     "compare": [
         "--baseline",
@@ -190,6 +190,7 @@ KEYS = [
     "rl.trainer",
     "rl.truncate",
     "rl.update_prompts",
+    "rl.verl",
     "rl.warmup_steps",
     "rl.weight_decay",
     "seed",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,9 +33,15 @@ from heatbath.errors import RecipeError
 from heatbath.terminal import echo
 
 if TYPE_CHECKING:
+    from heatbath.data.rows import Splits
+    from heatbath.launch import Launch
+    from heatbath.opening import Opening
     from heatbath.progress import Progress
     from heatbath.recipe import Recipe
     from heatbath.run import Run
+
+
+ON_VERL = "rl on verl"
 
 
 @app.command()
@@ -84,6 +91,9 @@ def rl(
     resume: Resume = False,
     fresh: Fresh = False,
     change: Change = None,
+    engine: Annotated[
+        str, typer.Option("--engine", help="trl: here. verl: in its own environment, on a Ray cluster (docs/verl.md).")
+    ] = "trl",
     gpus: Gpus = 1,
     nodes: Nodes = 1,
     sharding: Sharding = "ddp",
@@ -91,7 +101,13 @@ def rl(
     verbose: Verbose = False,
 ) -> None:
     """Reinforcement learning alone: init (or base) to final."""
-    _stage("rl", recipe, overrides, dry_run, out, (resume, fresh, change), (gpus, nodes, sharding), json, verbose)
+    if engine not in ("trl", "verl"):
+        raise RecipeError(f"no engine is called '{engine}'", "--engine", "trl or verl")
+    if engine == "verl" and (gpus, nodes, sharding) != (1, 1, "ddp"):
+        remedy = "[rl.verl] trainer = { nnodes = 1, n_gpus_per_node = 8 } in the recipe"
+        raise RecipeError("verl is told its GPUs in the recipe", "--gpus, --nodes, --sharding", remedy)
+    stage = ON_VERL if engine == "verl" else "rl"
+    _stage(stage, recipe, overrides, dry_run, out, (resume, fresh, change), (gpus, nodes, sharding), json, verbose)
 
 
 @app.command("eval")
@@ -126,8 +142,8 @@ def _stage(
     json: bool,
     verbose: bool,
 ) -> None:
-    from heatbath.launch import Launch, evaluates_alone, node
-    from heatbath.opening import Opening, open_run
+    from heatbath.launch import Launch
+    from heatbath.opening import Opening
     from heatbath.recipe import load
 
     resume, fresh, change = opening
@@ -139,70 +155,117 @@ def _stage(
     loaded = load(recipe, overrides)
     if (Path(recipe) / "recipe.toml").is_file():
         out = out or Path(recipe)
+    if stage == ON_VERL:
+        from heatbath.integrations.verl.translate import require_carried
+
+        require_carried(loaded)
+    asked = _Asked(stage, loaded, out or Path("runs") / name_of(recipe), how, Launch(*processes))
+    if dry_run:
+        _show_plan(asked, json)
+    else:
+        _carry_out(asked, json)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the command line asks for."""
+
+    stage: str
+    recipe: Recipe
+    folder: Path
+    how: Opening
+    launch: Launch
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        from heatbath.stages import pipeline
+
+        several = {"run": pipeline.stages_of(self.recipe), "rescore": ("eval",), ON_VERL: ("rl",)}
+        return several.get(self.stage, (self.stage,))
+
+    @property
+    def whole(self) -> bool:
+        return self.stage == "run"
+
+
+def _show_plan(asked: _Asked, json: bool) -> None:
+    from heatbath.run import Run
+    from heatbath.stages import plan
+
+    arguments = [a for a in sys.argv[1:] if a not in ("--dry-run", "--json")]
+    found = plan.plan(asked.recipe, asked.stages, arguments, asked.launch)
+    found["folder"] = plan.folder_line(asked.folder, asked.recipe, asked.stages, asked.how, asked.whole)
+    if asked.stage == ON_VERL:
+        from heatbath.integrations.verl.files import planned
+
+        found |= planned(Run(asked.folder, asked.recipe), asked.recipe)
+    shown = "\n".join([plan.show(found), *([found["verl"]] if "verl" in found else [])])
+    echo(jsonlib.dumps(found, ensure_ascii=False) if json else shown)
+
+
+def _carry_out(asked: _Asked, json: bool) -> None:
+    """Checks everything, starts the processes where several are asked for, and goes through the stages in each."""
+    from heatbath.launch import evaluates_alone, node
+    from heatbath.opening import Opening, open_run
     from heatbath.progress import Progress
     from heatbath.run import Run
     from heatbath.stages import pipeline
 
-    folder = out or Path("runs") / name_of(recipe)
-    stages = {"run": pipeline.stages_of(loaded), "rescore": ("eval",)}.get(stage, (stage,))
-    whole, launch = stage == "run", Launch(*processes)
-    arguments = [a for a in sys.argv[1:] if a not in ("--dry-run", "--json")]
-    if dry_run:
-        from heatbath.stages import plan
-
-        found = plan.plan(loaded, stages, arguments, launch)
-        found["folder"] = plan.folder_line(folder, loaded, stages, how, whole)
-        echo(jsonlib.dumps(found, ensure_ascii=False) if json else plan.show(found))
-        return
+    recipe, folder, how = asked.recipe, asked.folder, asked.how
     progress = Progress(quiet=json)
     ranks.join(progress.say)
-    if stage == "rescore":
+    if asked.stage == "rescore":
         Run.read(folder)
     splits = None
     if ranks.first():
-        open_run(folder, loaded, stages, how, whole=whole, dry=True)
-        if stage != "rescore":
-            base = loaded.model or "the new base"
-            progress.say(f"run folder: {folder}; checking the data against the tokenizer of {base}")
-            splits, _ = pipeline.check(loaded, stages)
-    if launch.several and ranks.count() == 1:
-        launch.require(loaded, stages)
-        code = launch.run(sys.argv[1:], progress.say)
-        if code or not whole or not evaluates_alone(loaded) or node():
+        open_run(folder, recipe, asked.stages, how, whole=asked.whole, dry=True)
+        if asked.stage != "rescore":
+            progress.say(
+                f"run folder: {folder}; checking the data against the tokenizer of {recipe.model or 'the new base'}"
+            )
+            splits, _ = pipeline.check(recipe, asked.stages)
+    if asked.launch.several and ranks.count() == 1:
+        asked.launch.require(recipe, asked.stages)
+        code = asked.launch.run(sys.argv[1:], progress.say)
+        if code or not asked.whole or not evaluates_alone(recipe) or node():
             raise typer.Exit(code)
         how = Opening(resume=True)
-    with Run(folder, loaded).locked():
+    with Run(folder, recipe).locked():
         if ranks.first():
-            opened = open_run(folder, loaded, stages, how, whole=whole, say=progress.say)
+            opened = open_run(folder, recipe, asked.stages, how, whole=asked.whole, say=progress.say)
             if splits is not None:
                 opened.write_json("data.json", splits.report())
                 for note in splits.notes:
                     progress.say(note)
         ranks.wait()
-        opened = Run(folder, loaded)
-        result = _finish(stage, opened, loaded, progress)
-    if not ranks.first():
-        return
-    if json:
-        echo(jsonlib.dumps({"run": str(folder), **(result or {})}))
-    else:
-        echo(_closing(opened, result))
+        opened = Run(folder, recipe)
+        result = _finish(asked.stage, opened, recipe, splits, progress)
+    if ranks.first():
+        echo(jsonlib.dumps({"run": str(folder), **(result or {})}) if json else _closing(opened, result))
 
 
-def _finish(stage: str, opened: Run, loaded: Recipe, progress: Progress) -> dict[str, Any] | None:
+def _finish(
+    stage: str, opened: Run, loaded: Recipe, splits: Splits | None, progress: Progress
+) -> dict[str, Any] | None:
     try:
-        return _call(stage, opened, loaded, progress)
+        return _call(stage, opened, loaded, splits, progress)
     except KeyboardInterrupt:
         if ranks.first():
             echo(f"interrupted; --resume goes on with {opened.folder}", err=True)
         raise typer.Exit(130) from None
 
 
-def _call(stage: str, opened: Run, loaded: Recipe, progress: Progress) -> dict[str, Any] | None:
+def _call(stage: str, opened: Run, loaded: Recipe, splits: Splits | None, progress: Progress) -> dict[str, Any] | None:
+    result: dict[str, Any] | None = None
     if stage == "rescore":
         from heatbath.stages.evaluate import rescore
 
-        result: dict[str, Any] | None = rescore(opened, loaded, progress)
+        result = rescore(opened, loaded, progress)
+    elif stage == ON_VERL:
+        from heatbath.integrations.verl.launch import run_rl_on_verl
+
+        assert splits is not None
+        run_rl_on_verl(opened, loaded, splits, progress)
     else:
         from heatbath.stages.pipeline import run_all, run_stage
 

@@ -198,6 +198,7 @@ class Run:
             (self.folder / "surprise.json").unlink(missing_ok=True)
         elif stage == "rl":
             (self.folder / "readiness.json").unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "verl", ignore_errors=True)  # made anew at every start
         shutil.rmtree(self.working(stage), ignore_errors=True)
         shutil.rmtree(doomed, ignore_errors=True)
 

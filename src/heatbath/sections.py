@@ -263,7 +263,8 @@ class Preference(Optimizer):
 class RL(Optimizer):
     """Reinforcement learning. `prompts` are sampled at once, `update_prompts` enter one optimizer step, each with
     `group_size` completions; `micro_batch` counts completions per forward pass. `max_steps` ends before `epochs` do.
-    `save_every` is rounded up to whole generations. `trainer` holds any field of `trl.GRPOConfig`.
+    `save_every` is rounded up to whole generations. `trainer` holds any field of `trl.GRPOConfig`, `verl` any key of
+    verl's own configuration, for `--engine verl` (docs/verl.md).
 
     `policy` is a name of the table (`heatbath recipes --policies`) or `{ name = "dapo", clip_high = 0.3 }`. Every
     `eval_every` steps (0: never) the first `eval_prompts` test problems are answered once each. Before the first step
@@ -290,6 +291,7 @@ class RL(Optimizer):
     readiness: Count = 32
     save_every: Count = 10
     trainer: dict[str, Any] = {}
+    verl: dict[str, Any] = {}
 
     @field_validator("policy", mode="before")
     @classmethod

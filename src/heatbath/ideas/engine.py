@@ -60,7 +60,7 @@ def dense_loss(
     """
     _require(objective, ref_logits is not None, columns or {}, segments is not None)
     valid = labels != IGNORE
-    stats = _dense_statistics(
+    stats = dense_statistics(
         {*objective.needs, "logp", *getattr(objective, "sequence_needs", ())},
         logits[valid],
         None if ref_logits is None else ref_logits[valid],
@@ -316,8 +316,8 @@ def _slopes(objective: Objective, stats: TokenStats, need_gradient: bool) -> tup
     return loss.detach(), slopes
 
 
-def _dense_statistics(wanted: set[str], z: Tensor, r: Tensor | None, labels: Tensor, topk: int) -> TokenStats:
-    """The wanted statistics in plain torch from logits [N, V]."""
+def dense_statistics(wanted: set[str], z: Tensor, r: Tensor | None, labels: Tensor, topk: int) -> TokenStats:
+    """The wanted statistics, [N], in plain torch from the policy's logits `z` and the base's `r`, [N, V]."""
     logp = z.to(accumulate_dtype(z.dtype)).log_softmax(-1)
     ref = None if r is None else r.to(accumulate_dtype(r.dtype)).log_softmax(-1)
 

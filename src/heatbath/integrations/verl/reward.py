@@ -1,10 +1,11 @@
 """heatbath's verdicts as verl's `compute_score`.
 
-    custom_reward_function.path=$(python -c "import heatbath.integrations.verl as v; print(v.__file__)")
-    custom_reward_function.name=compute_score
+    reward.custom_reward_function.path=pkg://heatbath.integrations.verl
+    reward.custom_reward_function.name=compute_score
 
 A row's `reward_model.ground_truth` is the gold answer; for multiple choice and programs JSON text (docs/verify.md).
-Which grader it is for stands in `extra_info["kind"]` (math by default) and `extra_info["profile"]`.
+Which grader it is for stands in `extra_info["kind"]` (math by default) and `extra_info["profile"]`. What else a grader
+takes (`workers`, `deadline`, `stages`, `isolation`) is verl's `reward.custom_reward_function.reward_kwargs`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from heatbath.verify.verdict import Verdict
 
 
 def compute_score(
-    data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any] | None = None, **_: Any
+    data_source: str,
+    solution_str: str,
+    ground_truth: str,
+    extra_info: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """verl's reward of one response: `score`, `acc`, and what became of it. A gold answer that nobody can read scores 0
     here, since verl knows no missing reward; its `status` says so."""
-    return compute_scores([data_source], [solution_str], [ground_truth], [extra_info])[0]
+    return compute_scores([data_source], [solution_str], [ground_truth], [extra_info], **options)[0]
 
 
 def compute_scores(
@@ -30,6 +35,11 @@ def compute_scores(
     solution_strs: Sequence[str],
     ground_truths: Sequence[str],
     extra_infos: Sequence[Mapping[str, Any] | None] | None = None,
+    *,
+    workers: int = 2,
+    deadline: float = 10.0,
+    stages: Sequence[str] = (),
+    isolation: str | None = None,
     **_: Any,
 ) -> list[dict[str, Any]]:
     """The same for a batch (verl's `batch` reward manager): the graders work on all of it at once."""
@@ -39,7 +49,8 @@ def compute_scores(
     for kind, profile in dict.fromkeys(wanted):
         rows = [i for i, asked in enumerate(wanted) if asked == (kind, profile)]
         golds = [as_gold(kind, _plain(ground_truths[i])) for i in rows]  # type: ignore[arg-type]
-        verdicts = _grader(kind, profile).grade([solution_strs[i] for i in rows], golds)  # type: ignore[arg-type]
+        judge = _grader(kind, profile, workers, deadline, tuple(stages), isolation)  # type: ignore[arg-type]
+        verdicts = judge.grade([solution_strs[i] for i in rows], golds)
         for i, verdict in zip(rows, verdicts, strict=True):
             scores[i] = _score(verdict)
     return scores
@@ -51,8 +62,10 @@ def _plain(value: Any) -> Any:
 
 
 @functools.cache
-def _grader(kind: Kind, profile: str) -> Grader:
-    return grader(kind, profile=profile)
+def _grader(
+    kind: Kind, profile: str, workers: int, deadline: float, stages: tuple[str, ...], isolation: str | None
+) -> Grader:
+    return grader(kind, profile=profile, workers=workers, deadline=deadline, stages=stages, isolation=isolation or None)
 
 
 def _score(verdict: Verdict) -> dict[str, Any]:
