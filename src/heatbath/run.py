@@ -154,7 +154,8 @@ class Run:
         """Marks a checkpoint as whole once every file is on the disk, with their sizes and the number of rows that the
         stage had logged by then."""
         to_disk(checkpoint)
-        sizes = {str(p.relative_to(checkpoint)): p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()}
+        files = [p for p in checkpoint.rglob("*") if p.is_file() and p != checkpoint / COMPLETE]
+        sizes = {str(p.relative_to(checkpoint)): p.stat().st_size for p in files}
         mark = {"rows": len(self.metrics(stage)), "files": sizes}
         write_atomically(checkpoint / COMPLETE, json.dumps(mark))
 

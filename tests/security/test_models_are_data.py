@@ -233,6 +233,13 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, small_base: Path) -> P
     return run.folder
 
 
+def newest(folder: Path) -> Path:
+    """The checkpoint that a resumed stage would go on from."""
+    found = Run(folder, recipes.load(folder / "recipe.toml")).last_checkpoint("sft")
+    assert found is not None
+    return found
+
+
 def resumed(folder: Path) -> Run:
     run = Run(folder, recipes.load(folder / "recipe.toml"))
     run_sft(run, run.recipe, Progress(quiet=True))
@@ -248,7 +255,7 @@ PICKLED = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "heatbath.pt"]
 
 
 def test_these_are_all_the_pickles_of_a_checkpoint(interrupted: Path) -> None:
-    (checkpoint,) = (interrupted / "checkpoints" / ".sft").glob("checkpoint-*")
+    checkpoint = newest(interrupted)
     found = {p.name for p in checkpoint.iterdir() if p.suffix not in (".json", ".safetensors", ".jinja", ".md")}
     assert found == {*PICKLED, "complete"}
 
@@ -256,8 +263,9 @@ def test_these_are_all_the_pickles_of_a_checkpoint(interrupted: Path) -> None:
 @pytest.mark.parametrize("name", PICKLED)
 def test_a_program_in_a_checkpoint_is_refused_by_name(interrupted: Path, tmp_path: Path, mark: Path, name: str) -> None:
     folder = Path(shutil.copytree(interrupted, tmp_path / "run"))
-    (checkpoint,) = (folder / "checkpoints" / ".sft").glob("checkpoint-*")
+    checkpoint = newest(folder)
     torch.save(Payload(mark), checkpoint / name)
+    Run(folder, recipes.load(folder / "recipe.toml")).complete(checkpoint, "sft")  # its sizes are no protection
     with pytest.raises(RunError, match="is a program") as caught:
         resumed(folder)
     assert name in caught.value.where and "--fresh" in caught.value.remedy
@@ -266,7 +274,7 @@ def test_a_program_in_a_checkpoint_is_refused_by_name(interrupted: Path, tmp_pat
 
 def test_training_arguments_are_never_read(interrupted: Path, tmp_path: Path, mark: Path) -> None:
     folder = Path(shutil.copytree(interrupted, tmp_path / "run"))
-    (checkpoint,) = (folder / "checkpoints" / ".sft").glob("checkpoint-*")
+    checkpoint = newest(folder)
     torch.save(Payload(mark), checkpoint / "training_args.bin")
     resumed(folder)
     assert not mark.exists()
