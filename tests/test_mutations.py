@@ -117,7 +117,7 @@ OVERRIDES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "a part that is a list": (("rl.policy={name='grpo',advantage=[]}",), ("advantage must be one of",)),
     "two keys in one override": (("seed=1\nmodel='x'",), ("more than one value",)),
     "an override nested too deeply": (("eval.k=" + "[" * 5000 + "]" * 5000,), ("nested too deeply",)),
-    "an override of what only a file holds": (("compare.seeds=[1]",), ("compare: unknown key, which only stands in",)),
+    "an override of what only a file holds": (("compare.seeds=[1]",), ("compare: stands only in a recipe's file",)),
     "targets that are no pattern": (("lora.targets=((",), ("lora.targets", "unterminated")),
     "an empty file name": (("data.source=files", "data.test_from="), ("data.test_from",)),
     "no file with the trainer's settings": (

@@ -292,6 +292,8 @@ def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _explain(error: Any) -> str:
     path = [part for part in error["loc"] if part not in SOURCES]
     key = ".".join(str(p) for p in path)
+    if error["type"] == "extra_forbidden" and key in IN_THE_FILE:
+        return f"{key}: stands only in a recipe's file, at its top"
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key{_did_you_mean(path, error['loc'])}"
     if error["type"] == "missing":
@@ -317,8 +319,6 @@ def _did_you_mean(path: list[Any], location: tuple[Any, ...]) -> str:
     from heatbath.ideas.objectives import OBJECTIVES
 
     word = str(path[-1])
-    if word in IN_THE_FILE and len(path) == 1:
-        return ", which only stands in a recipe's file, at its top"
     source = next((part for part in location if part in SOURCES), None)
     if path[0] == "data" and source is not None and len(path) == 2:
         if word in SOURCES[source].model_fields:
