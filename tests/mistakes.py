@@ -204,9 +204,7 @@ SECTIONS: dict[str, list[Mistake]] = {
             ("strategies.mine.sft.lrr: unknown key, did you mean 'lr'?",),
             {"r.toml": RECIPE + "\n[strategies.mine]\nsft.lrr = 1e-4\n"},
         ),
-        recipe(
-            "An override of what only a file holds", "compare.seeds=[1]", "compare: stands only in a recipe's file"
-        ),
+        recipe("An override of what only a file holds", "compare.seeds=[1]", "compare: stands only in a recipe's file"),
         recipe(
             "Several mistakes at once",
             "sft.epochs=-1 rl.group_size=1 sed=3 pretrain.width=64",

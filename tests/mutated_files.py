@@ -321,7 +321,7 @@ def parquet_types(r: Draw, form: Form, extension: str) -> Case | None:
     table = table.append_column(field, table.column(0)) if column is None else table.set_column(at, field, column)
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink)
-    names = (("rows.parquet",), (field,)) if how != "text of no UTF-8" else (("rows.parquet",),)
+    names = (("rows.parquet",), (field, "row 1")) if how != "text of no UTF-8" else (("rows.parquet",),)
     return case(form, ".parquet", "file: Parquet of other types", sink.getvalue(), must, names, note=f"{field}: {how}")
 
 

@@ -102,6 +102,7 @@ OVERRIDES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "an infinite temperature": (("rl.temperature=inf",), ("rl.temperature", "finite")),
     "an infinite deadline": (("reward.deadline=inf",), ("reward.deadline", "finite")),
     "a weight that is no number": (("reward.weights={verdict=nan}",), ("reward.weights.verdict", "finite")),
+    "layers without end": (("model=false", "pretrain.layers=1_000_000_000"), ("pretrain.layers", "1000")),
     "NUL in a path": (("template=a\0b",), ("template: holds a NUL character",)),
     "NUL in a folder": (("eval.data_dir=a\0b",), ("eval.data_dir: holds a NUL character",)),
     "bytes that are not UTF-8": (("name=\udcff",), ("name: holds bytes that are not UTF-8",)),

@@ -115,7 +115,7 @@ class Pretrain(Optimizer):
     `batch` counts sequences."""
 
     width: Positive = 160
-    layers: Positive = 4
+    layers: Annotated[Whole, Field(ge=1, le=1000)] = 4  # each is made, if without weights, to count parameters
     heads: Positive = 4
     lr: Finite = 4e-3
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
