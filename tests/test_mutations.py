@@ -215,7 +215,7 @@ def test_numbers_beyond_a_float(tmp_path: Path) -> None:
     ("name", "says"),
     [
         ("calendar", "cannot read the column 'solution'"),
-        ("twice", "two columns have the same name"),
+        ("twice", "two columns have the same name, 'question'"),
         ("dates", "'tests' holds no tests"),
     ],
 )

@@ -25,7 +25,6 @@ MESSAGE = 'each is {"role": "system" | "user" | "assistant", "content": "…"}'
 CHECK_PATH = "check the path and data.folder"
 UTF8 = "save it as UTF-8"
 BOM = b"\xef\xbb\xbf"
-TWICE = "two columns have the same name"
 
 
 def load(data: FilesData | HubData | DeepMathData, seed: int) -> Splits:
@@ -230,8 +229,7 @@ def _parquet(path: Path, key: str) -> Iterator[Record]:
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(path.read_bytes()))
         names = file.schema_arrow.names
-        if len(set(names)) < len(names):
-            raise DataError(TWICE, where, "rename one of them")
+        _require_different(names, where)
         table = file.read()
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -249,6 +247,11 @@ def _parquet(path: Path, key: str) -> Iterator[Record]:
         yield dict(zip(names, values, strict=True)), f"{path}, row {number} ({key})"
 
 
+def _require_different(names: list[str], where: str) -> None:
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"two columns have the same name, '{twice}'", where, "rename one of them")
+
+
 def _csv(path: Path, key: str) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)  # a reasoning trace may be longer than the module's 128 KiB
     raw = path.read_bytes().removeprefix(BOM)
@@ -263,8 +266,7 @@ def _csv(path: Path, key: str) -> Iterator[Record]:
             header = next(reader, [])
             if len(header) == 1 and (found := [mark for mark in ";\t|" if mark in header[0]]):
                 raise DataError(f"columns are separated by {found[0]!r}", f"{path} ({key})", "separate them by commas")
-            if len(set(header)) < len(header):
-                raise DataError(TWICE, f"{path}, header ({key})", "rename one of them")
+            _require_different(header, f"{path}, header ({key})")
             for number, values in enumerate((row for row in reader if row), 1):
                 where = f"{path}, row {number} ({key})"
                 if len(values) != len(header):
