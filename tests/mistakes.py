@@ -5,6 +5,7 @@ python tests/mistakes.py     writes the page anew
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -177,6 +178,16 @@ def other_base(folder: Path) -> None:
     model.save_pretrained(folder / "base")
 
 
+def latin(folder: Path) -> None:
+    """A recipe saved by an editor that does not write UTF-8."""
+    (folder / "r.toml").write_bytes(f"# a recipe\n# ü\n{RECIPE}".encode("latin-1"))
+
+
+def cut_off(folder: Path) -> None:
+    """A download that ended early."""
+    (folder / "demos.jsonl.gz").write_bytes(gzip.compress(demos(ROW).encode())[:-9])
+
+
 TWICE = "{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}"
 SECTIONS: dict[str, list[Mistake]] = {
     "The recipe": [
@@ -184,6 +195,21 @@ SECTIONS: dict[str, list[Mistake]] = {
         recipe("A misspelt table", "evl.samples=4", "evl: unknown key, did you mean 'eval'?"),
         recipe("A key in the wrong table", "sft.beta=5", "did you mean 'sft.objective.beta'?"),
         recipe("A value of the wrong type", "sft.lr=fast", "sft.lr: input should be a valid number", "'fast'"),
+        recipe("True for a number", "rl.group_size=true", "rl.group_size: input should be a number (got True)"),
+        recipe("An infinite temperature", "rl.temperature=inf", "rl.temperature: input should be a finite number"),
+        Mistake(
+            "A misspelt key of a comparison, told by every command",
+            "run r.toml --dry-run",
+            ("compare.sedes: unknown key, did you mean 'seeds'?",),
+            {"r.toml": RECIPE + "\n[compare]\nsedes = [0, 1]\n"},
+        ),
+        Mistake(
+            "A misspelt key of a strategy that is not chosen",
+            "run r.toml --dry-run",
+            ("strategies.mine.sft.lrr: unknown key, did you mean 'lr'?",),
+            {"r.toml": RECIPE + "\n[strategies.mine]\nsft.lrr = 1e-4\n"},
+        ),
+        recipe("An override of what only a file holds", "compare.seeds=[1]", "compare: stands only in a recipe's file"),
         recipe(
             "Several mistakes at once",
             "sft.epochs=-1 rl.group_size=1 sed=3 pretrain.width=64",
@@ -267,6 +293,13 @@ SECTIONS: dict[str, list[Mistake]] = {
         ),
         recipe("LoRA on layers that are not there", 'lora.targets=["q_prj"]', "do not fit the model", "q_proj"),
         Mistake("A file that is not TOML", "run r.toml", ("not valid TOML",), {"r.toml": "model = \n"}),
+        Mistake("A recipe that is not UTF-8", "run r.toml", ("not UTF-8 at line 2: byte 0xfc",), before=latin),
+        Mistake(
+            "A recipe that extends nothing",
+            "run r.toml",
+            ("no such recipe: 'smke'", "r.toml, extends", "did you mean 'smoke'?"),
+            {"r.toml": 'extends = "smke"\n'},
+        ),
         Mistake("A recipe that is not there", "run smke", ("no such recipe", "did you mean 'smoke'?")),
         recipe("An override without a value", "sft.lr", "an override is section.key=value"),
     ],
@@ -286,6 +319,31 @@ SECTIONS: dict[str, list[Mistake]] = {
     "The data": [
         Mistake("A missing file", "sft r.toml", ("cannot read",), {"r.toml": files("")["r.toml"]}),
         Mistake("A row that is not JSON", "sft r.toml", ("not JSON", "row 2"), files(demos(ROW, "{'question'"))),
+        Mistake(
+            "A key twice in a row",
+            "sft r.toml",
+            ("'question' is there twice in one object", "row 1"),
+            files('{"question": "1 + 1?", "question": "2 + 2?", "solution": "4"}\n'),
+        ),
+        Mistake(
+            "Half a character in a row",
+            "sft r.toml",
+            ("half of a surrogate pair", "row 2"),
+            files(demos(ROW, {**ROW, "question": "2 + 2 \ud83d?"})),
+        ),
+        Mistake(
+            "A compressed file that is cut off",
+            "sft r.toml data.demos_from=demos.jsonl.gz",
+            ("not a whole gzip file",),
+            files(""),
+            before=cut_off,
+        ),
+        Mistake(
+            "A chat template that refuses the turns",
+            "sft r.toml template=strict.jinja",
+            ("the chat template refuses a conversation of user: roles must alternate",),
+            files(demos(ROW), **{"strict.jinja": "{{ raise_exception('roles must alternate') }}"}),
+        ),
         Mistake(
             "A field under another name",
             "sft r.toml",

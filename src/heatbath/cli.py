@@ -25,7 +25,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from heatbath import cli_stages, cli_measures  # noqa: F401, I001 - their verbs, in this order
 from heatbath.cli_options import Json, app
-from heatbath.errors import HeatbathError, RecipeError
+from heatbath.errors import HeatbathError, RecipeError, RunError
 from heatbath.terminal import echo, printable
 
 
@@ -98,5 +98,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except OSError as error:
         free = shutil.disk_usage(Path.cwd()).free
-        echo(f"error: {error}\n  where:  {error.filename or 'the file system'} ({free >> 20} MiB free)", err=True)
+        where = f"{error.filename or 'the file system'} ({free >> 20} MiB free)"
+        told = RunError(str(error), where, "check that the path is right, may be used, and has room")
+        echo(f"error: {told}", err=True)
         sys.exit(1)

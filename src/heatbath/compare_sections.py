@@ -9,11 +9,11 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from heatbath.data_sections import Positive, Section
+from heatbath.data_sections import Positive, Section, Switch, Whole
 
 Values = Annotated[list[Any], Field(min_length=1)]
 Grid = dict[str, Values]
-Seeds = Annotated[list[int], Field(min_length=1)]
+Seeds = Annotated[list[Annotated[Whole, Field(ge=0, lt=2**32)]], Field(min_length=1)]
 
 
 def trials(grid: Grid) -> int:
@@ -54,7 +54,7 @@ class Compare(Section):
     vary: Grid = {}
     seeds: Seeds = [0, 1, 2]
     baseline: str | None = None
-    shift: bool = False
+    shift: Switch = False
     tune: Tune | None = None
 
     @model_validator(mode="after")

@@ -8,13 +8,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Finite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Unit = Annotated[float, Field(ge=0, lt=1)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+def _number(value: Any) -> Any:
+    """Not true and false, which pydantic takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("input should be a number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_number)]
+Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Switch = Annotated[bool, Field(strict=True)]  # neither 1 nor "yes"
+Count = Annotated[Whole, Field(ge=0)]
+Positive = Annotated[Whole, Field(ge=1)]
+Finite = Annotated[Real, Field(gt=0)]
+Unit = Annotated[Real, Field(ge=0, lt=1)]
+Share = Annotated[Real, Field(ge=0, le=1)]
+Rate = Annotated[Real, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1)]  # of a file or a table: an empty one would be the folder around it
 
 
 class Section(BaseModel):
@@ -35,8 +48,8 @@ class Data(Section):
     test: Count = 0
     paths: Positive = 1
     system: str | None = None
-    decontaminate: list[str] = []
-    ngram: Annotated[int, Field(ge=2)] = 13
+    decontaminate: list[Name] = []
+    ngram: Annotated[Whole, Field(ge=2)] = 13
     data_dir: Path | None = None
 
     @field_validator("decontaminate")
@@ -62,7 +75,7 @@ class ArithmeticData(Data):
     """The built-in task: sums with worked solutions (`data/arithmetic.py`)."""
 
     source: Literal["arithmetic"]
-    digits: Annotated[int, Field(ge=1, le=9)] = 2
+    digits: Annotated[Whole, Field(ge=1, le=9)] = 2
     operations: Annotated[list[Literal["+", "-"]], Field(min_length=1)] = ["+"]
     forms: Annotated[list[Literal["tens", "columns", "round", "ones", "bare"]], Field(min_length=1)] = [
         "tens",
@@ -70,7 +83,7 @@ class ArithmeticData(Data):
         "round",
         "ones",
     ]
-    label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+    label_noise: Share = 0.0
     demos: Count = 128
     validation: Count = 32
     prompts: Count = 256
@@ -140,11 +153,11 @@ class TableData(Data):
     validation: Count | None = None
     prompts: Count | None = None
     test: Count | None = None
-    pool: str | None = None
-    demos_from: str | None = None
-    validation_from: str | None = None
-    prompts_from: str | None = None
-    test_from: str | None = None
+    pool: Name | None = None
+    demos_from: Name | None = None
+    validation_from: Name | None = None
+    prompts_from: Name | None = None
+    test_from: Name | None = None
     fields: Fields = Fields()
     test_fields: Fields | None = None
 
@@ -174,7 +187,7 @@ class HubData(TableData):
     library's own notation (`train`, `train[:1000]`)."""
 
     source: Literal["hub"]
-    name: str
+    name: Name
     config: str | None = None
     revision: str | None = None
 
@@ -188,7 +201,7 @@ class DeepMathData(TableData):
     """
 
     source: Literal["deepmath"]
-    name: str = "zwhe99/DeepMath-103K"
+    name: Name = "zwhe99/DeepMath-103K"
     revision: str | None = None
     demos: Count | None = 10_000
     validation: Count | None = 1_000
@@ -212,5 +225,13 @@ AnyData = Annotated[
 
 
 def whole(path: Path) -> Path:
-    """Absolute, so that a run can be gone on with from any working folder."""
-    return path.expanduser().absolute()
+    """Absolute, so that a run can be gone on with from any working folder. Raises ValueError as `at_home` does."""
+    return at_home(path).absolute()
+
+
+def at_home(path: Path) -> Path:
+    """The path with `~` and `~name` replaced. Raises ValueError where nobody has that name."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"there is no home folder '{path.parts[0]}'") from None

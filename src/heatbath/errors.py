@@ -1,5 +1,12 @@
 """Errors a user can act on: what happened, where (their own key, row or file), and what to do about it."""
 
+from __future__ import annotations
+
+from heatbath.addresses import without_credentials
+
+LONGEST_LINE = 1_000  # characters of a message's line; what is longer is somebody's data
+LONGEST_VALUE = 100  # of a value in it
+
 
 class HeatbathError(Exception):
     """A failure with a remedy. `exit_code` is what the command line returns for it."""
@@ -16,7 +23,13 @@ class HeatbathError(Exception):
             lines.append(f"  where:  {self.where}")
         if self.remedy:
             lines.append(f"  remedy: {self.remedy}")
-        return "\n".join(lines)
+        return "\n".join(map(_shown, "\n".join(lines).split("\n")))
+
+
+def _shown(line: str) -> str:
+    """A line that a terminal can take: no control characters, which come out of files, and not too long."""
+    plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return plain if len(plain) <= LONGEST_LINE else f"{plain[:LONGEST_LINE]}… ({len(plain):,} characters)"
 
 
 class RecipeError(HeatbathError):
@@ -37,3 +50,11 @@ class RunError(HeatbathError):
 
 class BusyError(RunError):
     """Another process is at work on the same run."""
+
+
+def got(value: object) -> str:
+    """The value that is wrong, as the end of a message; nothing of a table."""
+    if isinstance(value, dict):
+        return ""
+    shown = without_credentials(repr(value))
+    return f" (got {shown if len(shown) <= LONGEST_VALUE else shown[:LONGEST_VALUE] + '…'})"

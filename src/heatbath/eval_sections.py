@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from heatbath.addresses import require_no_credentials
-from heatbath.data_sections import Positive, Section, whole
+from heatbath.data_sections import Positive, Rate, Real, Section, whole
 
 
 class TaskEntry(Section):
@@ -20,8 +20,8 @@ class TaskEntry(Section):
     name: str
     samples: Positive | None = None
     k: Annotated[list[Positive], Field(min_length=1)] | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Rate | None = None
+    top_p: Annotated[Real, Field(gt=0, le=1)] | None = None
     max_new_tokens: Positive | None = None
     problems: Positive | None = None
 
@@ -62,8 +62,8 @@ class Eval(Section):
 
     samples: Positive = 8
     k: Annotated[list[Positive], Field(min_length=1)] = [1, 8]
-    temperature: Annotated[float, Field(ge=0)] = 0.6
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    temperature: Rate = 0.6
+    top_p: Annotated[Real, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Positive = 8192
     batch: Positive | None = None
     tasks: list[TaskEntry] = []

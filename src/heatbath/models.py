@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from heatbath.data_sections import at_home
 from heatbath.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ def resolve(name: str) -> str:
         near = difflib.get_close_matches(name.lower(), [SMOLLM2, TINY], n=1, cutoff=0.6)
         if "/" not in name and near and not Path(name).is_dir():
             raise RecipeError(f"no model is called '{name}'", "model", f"did you mean '{near[0]}'?")
-        if name.startswith(("/", ".", "~")) and not (Path(name).expanduser() / "config.json").is_file():
-            what = "holds no config.json" if Path(name).expanduser().is_dir() else "is no folder"
+        if name.startswith(("/", ".", "~")) and not (at_home(Path(name)) / "config.json").is_file():
+            what = "holds no config.json" if at_home(Path(name)).is_dir() else "is no folder"
             raise RecipeError(f"cannot load the model '{name}': it {what}", "model", MODEL_REMEDY)
         return name
     source = _smollm2_source()
@@ -96,10 +97,13 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> No
     if template is None and tokenizer.chat_template:
         return
     named = TEMPLATES / f"{template or 'plain'}.jinja"
-    path = named if named.is_file() else Path(str(template)).expanduser()
     try:
+        path = named if named.is_file() else at_home(Path(str(template)))
         text = path.read_text(encoding="utf-8")
-    except OSError:
+    except UnicodeDecodeError as error:
+        what = f"the chat template '{template}' is not UTF-8, at byte {error.start}"
+        raise RecipeError(what, "template", "save the file as UTF-8") from None
+    except (OSError, ValueError):
         known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
         raise RecipeError(f"no chat template '{template}'", "template", f"a Jinja file, or one of {known}") from None
     bos = tokenizer.bos_token_id

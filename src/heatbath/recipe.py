@@ -10,22 +10,23 @@ import importlib.resources
 import json
 import re
 import shutil
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from heatbath.addresses import without_credentials
+from heatbath import toml_files
 from heatbath.compare_sections import Compare
-from heatbath.errors import RecipeError
+from heatbath.errors import RecipeError, got
 from heatbath.sections import INERT, RL, SFT, AnyData, Eval, Recipe, contradictions
 from heatbath.strategies import STRATEGIES, lay, left_out, over
 
 __all__ = ["RL", "SFT", "Compare", "Eval", "Recipe", "as_toml", "changes", "comparison", "copy", "find", "load"]
 __all__ += ["parse", "shipped", "surface"]
 RENAMED = {"sft.objective", "sft.objective.name", "rl.policy", "rl.policy.name"}
+IN_THE_FILE = ("extends", "strategy", "strategies", "compare")  # keys that belong to a recipe's file, not to a run
+CHECKED_LATER = ("missing", "value_error")  # what a strategy that is not chosen may still get from an override
 SOURCES = {get_args(cls.model_fields["source"].annotation)[0]: cls for cls in get_args(get_args(AnyData)[0])}
 
 
@@ -38,14 +39,16 @@ def load(path: str | Path, overrides: list[str] | None = None, *, inert: bool = 
     """
     file = find(path)
     table = _read(file, path)
+    if problems := _beside(table, inert=inert):
+        raise _mistakes(problems, str(file))
     table.pop("compare", None)
     own = table.pop("strategies", {})
     chosen = table.pop("strategy", None)
     given = dict(_keyed(override) for override in overrides or [])
     chosen = given.pop("strategy", chosen)
     if chosen is not None:
-        table = {**lay(table, str(chosen), own if isinstance(own, dict) else {}), "name": str(chosen)}
-        for stage in left_out(str(chosen), own) - table.keys():
+        table = {**lay(table, chosen, own), "name": chosen}
+        for stage in left_out(chosen, own) - table.keys():
             if against := next((key for key in given if key.startswith(f"{stage}.")), None):
                 said = f"the strategy '{chosen}' has no [{stage}]"
                 raise RecipeError(said, f"{against}={given[against]}", "leave it out, or take another strategy")
@@ -54,6 +57,44 @@ def load(path: str | Path, overrides: list[str] | None = None, *, inert: bool = 
     for key, value in sorted(given.items(), key=lambda item: not item[0].endswith("objective.name")):
         _override(table, key, value)
     return parse(table, str(file), inert=inert)
+
+
+def _beside(table: dict[str, Any], *, inert: bool = False) -> list[str]:
+    """Mistakes in what a run is not made of, but its file holds: `strategy`, [compare], the tables of strategies."""
+    chosen, own = table.get("strategy"), table.get("strategies", {})
+    found = _of_compare(table)
+    if chosen is not None and not isinstance(chosen, str):
+        found.append(f"strategy: the name of one{got(chosen)}")
+    if not isinstance(own, dict):
+        return [*found, f"strategies: tables of their own, such as [strategies.mine]{got(own)}"]
+    rest = {key: value for key, value in table.items() if key not in IN_THE_FILE}
+    errors = _errors(rest, inert) if own or chosen is not None else []
+    # A strategy's table would come in the place of a value that is none.
+    found += [_explain(e) for e in errors if e["type"] == "model_type" and len(e["loc"]) == 1]
+    known = {(e["loc"], e["type"]) for e in errors}
+    for name, layer in own.items():
+        if not isinstance(layer, dict):
+            found.append(f"strategies.{name}: a table of its own, such as [strategies.{name}]{got(layer)}")
+            continue
+        new = [e for e in _errors(lay(rest, name, own), inert) if (e["loc"], e["type"]) not in known]
+        found += [f"strategies.{name}.{_explain(e)}" for e in new if e["type"] not in CHECKED_LATER]
+    return found
+
+
+def _of_compare(table: dict[str, Any]) -> list[str]:
+    try:
+        Compare.model_validate(table.get("compare", {}))
+    except ValidationError as error:
+        return [_explain(e | {"loc": ("compare", *e["loc"])}) for e in error.errors()]
+    return []
+
+
+def _errors(table: dict[str, Any], inert: bool) -> list[Any]:
+    try:
+        Recipe.model_validate(table, context={INERT: inert})
+    except ValidationError as error:
+        return error.errors()
+    return []
 
 
 def _keyed(override: str) -> tuple[str, str]:
@@ -78,12 +119,10 @@ def stages_without(path: str | Path, strategy: str | None) -> set[str]:
 def comparison(path: str | Path) -> Compare:
     """The `[compare]` table of a recipe; one of defaults where it has none. Raises RecipeError."""
     file = find(path)
-    table = _read(file, path).get("compare", {})
-    try:
-        return Compare.model_validate(table)
-    except ValidationError as error:
-        listed = "".join(f"\n  - compare.{_explain(e)}" for e in error.errors())
-        raise RecipeError(f"mistakes in the [compare] table:{listed}", str(file), "fix the keys named above") from None
+    table = _read(file, path)
+    if problems := _beside(table):
+        raise _mistakes(problems, str(file))
+    return Compare.model_validate(table.get("compare", {}))
 
 
 def strategies_of(path: str | Path) -> list[str]:
@@ -92,39 +131,43 @@ def strategies_of(path: str | Path) -> list[str]:
     return list(dict.fromkeys([*own, *STRATEGIES]))
 
 
-def _read(file: Path, path: str | Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read(file: Path, where: str | Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The tables of a file, laid over those of a recipe that it `extends`; of [compare] only the nearest counts."""
-    if file.resolve() in below:
-        raise RecipeError("the recipe extends itself", str(path), "name another one in extends")
-    try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"cannot read the recipe: {error}", str(path), "heatbath recipes lists the shipped ones"
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"not valid TOML: {error}", str(file), "see https://toml.io") from None
+    table = toml_files.read(file, str(where), "heatbath recipes lists the shipped ones")
     parent = table.pop("extends", None)
     if parent is None:
         return table
-    beside = [file.parent / str(parent), file.parent / f"{parent}.toml"]
-    found = next((path for path in beside if path.is_file()), None) or find(str(parent))
-    under = _read(found, str(parent), (*below, file.resolve()))
+    found = _extended(parent, file)
+    if found.resolve() in (*below, file.resolve()):
+        raise RecipeError("the recipe extends itself", f"{file}, extends", "name another one in extends")
+    under = _read(found, f"{found}, which {file} extends", (*below, file.resolve()))
     return over(under, table) | {key: table[key] for key in ("compare",) if key in table}
+
+
+def _extended(parent: Any, file: Path) -> Path:
+    """The file that `extends` names: one beside the recipe, or another recipe."""
+    where = f"{file}, extends"
+    if not isinstance(parent, str) or not parent.strip():
+        raise RecipeError(f"extends is the name or the path of a recipe{got(parent)}", where, 'extends = "smoke"')
+    try:
+        beside = [file.parent / parent, file.parent / f"{parent}.toml"]
+        return next((path for path in beside if path.is_file()), None) or find(parent)
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise RecipeError(f"no such recipe: {error.strerror}", where, "name another one in extends") from None
+    except RecipeError as error:
+        raise RecipeError(f"{error.what}: '{parent}'", where, error.remedy) from None
 
 
 def parse(table: dict[str, Any], where: str = "recipe", *, inert: bool = False) -> Recipe:
     """The recipe of an already parsed table. Raises RecipeError listing every mistake at once."""
-    problems = contradictions(table)
+    problems = contradictions(table) + unwritable(table)
     made = None
     try:
         made = Recipe.model_validate(table, context={INERT: inert})
     except ValidationError as error:
         problems += [_explain(e) for e in error.errors()]
     if made is None or problems:
-        count = f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"
-        listed = "".join(f"\n  - {p}" for p in problems)
-        raise RecipeError(f"{count} in the recipe:{listed}", where, "fix the keys named above")
+        raise _mistakes(problems, where)
     return made
 
 
@@ -132,6 +175,12 @@ def shipped_folder() -> Path:
     """Where what comes with the package lies: recipes, and configurations of the launcher."""
     installed = Path(str(importlib.resources.files("heatbath"))) / "recipes"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def _mistakes(problems: list[str], where: str) -> RecipeError:
+    count = f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"
+    listed = "".join(f"\n  - {p}" for p in problems)
+    return RecipeError(f"{count} in the recipe:{listed}", where, "fix the keys named above")
 
 
 def shipped() -> dict[str, Path]:
@@ -152,11 +201,14 @@ def copy(name: str, to: Path | None = None) -> Path:
 
 def find(path: str | Path) -> Path:
     """The file itself, that of a run's folder, or the shipped recipe of that bare name."""
-    if (Path(path) / "recipe.toml").is_file():
-        return Path(path) / "recipe.toml"
     recipes = shipped()
-    if Path(path).is_file() or (Path(path).exists() and str(path) not in recipes):
-        return Path(path)
+    try:
+        if (Path(path) / "recipe.toml").is_file():
+            return Path(path) / "recipe.toml"
+        if Path(path).is_file() or (Path(path).exists() and str(path) not in recipes):
+            return Path(path)
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise RecipeError(f"no such recipe: {error.strerror}", str(path), "check the path") from None
     if str(path) in recipes:  # also beside a folder of that name
         return recipes[str(path)]
     near = difflib.get_close_matches(Path(path).stem, recipes, n=1)
@@ -196,13 +248,11 @@ def _key(key: str) -> str:
 def _override(table: dict[str, Any], key: str, value: str) -> None:
     text = f"{key}={value}"
     *path, last = key.split(".")
-    try:
-        parsed = tomllib.loads(f"v = {value}")["v"]
-    except tomllib.TOMLDecodeError:
-        parsed = {"True": True, "False": False}.get(value, value)
+    parsed: Any = {"True": True, "False": False}.get(value, toml_files.value(value, text))
     if path and path[-1] == "objective" and last == "name":
         path, last, parsed = path[:-1], "objective", {"name": parsed}
-        there = table.get(path[0], {}).get(last) if path else None
+        stage = table.get(path[0]) if path else None
+        there = stage.get(last) if isinstance(stage, dict) else None
         if isinstance(there, dict) and there.get("name") == parsed["name"]:
             return  # the same objective keeps its numbers
     for part in path:
@@ -213,6 +263,18 @@ def _override(table: dict[str, Any], key: str, value: str) -> None:
             raise RecipeError(f"'{part}' is not a table", text, "heatbath recipes shows recipes with every table")
         table = inner
     table[last] = parsed
+
+
+def unwritable(value: Any, key: str = "") -> list[str]:
+    """Keys and values with a character that no file name and no UTF-8 text can hold: NUL, and what the command line
+    got as bytes that are no UTF-8."""
+    if isinstance(value, dict):
+        named = ((f"{key}.{part}" if key else str(part), inner) for part, inner in value.items())
+        return [said for name, inner in named for said in unwritable(name, name) or unwritable(inner, name)]
+    if isinstance(value, list):
+        return [said for inner in value for said in unwritable(inner, key)]
+    bad = next((c for c in value if c == "\0" or "\ud800" <= c <= "\udfff"), None) if isinstance(value, str) else None
+    return [f"{key}: holds {'a NUL character' if bad == chr(0) else 'bytes that are not UTF-8'}"] if bad else []
 
 
 def changes(before: Recipe, after: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -235,6 +297,8 @@ def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _explain(error: Any) -> str:
     path = [part for part in error["loc"] if part not in SOURCES]
     key = ".".join(str(p) for p in path)
+    if error["type"] == "extra_forbidden" and key in IN_THE_FILE:
+        return f"{key}: stands only in a recipe's file, at its top"
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key{_did_you_mean(path, error['loc'])}"
     if error["type"] == "missing":
@@ -245,10 +309,9 @@ def _explain(error: Any) -> str:
     if error["type"] == "union_tag_not_found":
         return f"{key}.source: required, one of {', '.join(SOURCES)}"
     if error["type"] == "model_type":
-        return f"{key}: a table of its own, such as [{key}] (got {error['input']!r})"
-    message = error["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(error["input"], dict) else f" (got {without_credentials(repr(error['input']))})"
-    return f"{key or 'recipe'}: {message[0].lower() + message[1:]}{got}"
+        return f"{key}: a table of its own, such as [{key}]{got(error['input'])}"
+    message = "a path, written as text" if error["type"] == "path_type" else error["msg"].removeprefix("Value error, ")
+    return f"{key or 'recipe'}: {message[0].lower() + message[1:]}{got(error['input'])}"
 
 
 def _near(word: str, known: list[str]) -> str:

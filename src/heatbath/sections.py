@@ -10,7 +10,22 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from heatbath.data_sections import AnyData, Count, Finite, NoData, Positive, Rate, Section, Unit, whole
+from heatbath.data_sections import (
+    AnyData,
+    Count,
+    Finite,
+    Name,
+    NoData,
+    Positive,
+    Rate,
+    Real,
+    Section,
+    Share,
+    Switch,
+    Unit,
+    Whole,
+    whole,
+)
 from heatbath.eval_sections import Eval
 from heatbath.models import TrustedName
 
@@ -65,6 +80,9 @@ class ObjectiveSpec(BaseModel):
         return self
 
 
+OWN_PARTS = ("advantage", "surrogate")  # of a policy, which may be functions of one's own
+
+
 class PolicySpec(BaseModel):
     """`name` and that policy's own hyper-parameters, checked against the table in ideas/policy.py."""
 
@@ -75,7 +93,7 @@ class PolicySpec(BaseModel):
     def hyper(self) -> dict[str, Any]:
         """As a recipe gives them; functions of one's own by whole paths."""
         return {
-            key: ObjectiveSpec.whole_path(value) if key in ("advantage", "surrogate") else value
+            key: ObjectiveSpec.whole_path(value) if key in OWN_PARTS and isinstance(value, str) else value
             for key, value in (self.model_extra or {}).items()
         }
 
@@ -112,7 +130,7 @@ class Pretrain(Optimizer):
     `batch` counts sequences."""
 
     width: Positive = 160
-    layers: Positive = 4
+    layers: Annotated[Whole, Field(ge=1, le=1000)] = 4  # each is made, if without weights, to count parameters
     heads: Positive = 4
     lr: Finite = 4e-3
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -151,7 +169,7 @@ class SFT(Optimizer):
 
     objective: ObjectiveSpec = Field(default_factory=lambda: ObjectiveSpec(name="sft"))
     reference: Literal["model", "hidden", "surprise"] = "model"
-    epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    epsilon: Annotated[Real, Field(gt=0, lt=1)] = 1e-3
     reduction: Literal["token_mean", "sequence_sum", "microbatch_token_mean"] = "token_mean"
     splits: Annotated[list[Literal["demos", "prompts"]], Field(min_length=1)] = ["demos"]
     lr: Finite = 1e-5
@@ -159,9 +177,9 @@ class SFT(Optimizer):
     max_steps: Positive | None = None
     batch: Positive = 128
     micro_batch: Positive = 8
-    max_length: Annotated[int, Field(ge=2)] = 8192
-    truncate: bool = False
-    packing: bool = False
+    max_length: Annotated[Whole, Field(ge=2)] = 8192
+    truncate: Switch = False
+    packing: Switch = False
     log_every: Positive = 1
     trainer: dict[str, Any] = {}
 
@@ -212,7 +230,7 @@ class Preference(Optimizer):
     """
 
     method: Literal["dpo", "una"] = "dpo"
-    data: str
+    data: Name
     beta: Finite | None = None
     loss: str | None = None
     lr: Finite = 1e-6
@@ -223,8 +241,8 @@ class Preference(Optimizer):
     max_steps: Positive | None = None
     batch: Positive = 64
     micro_batch: Positive = 8
-    max_length: Annotated[int, Field(ge=2)] = 1024
-    truncate: bool = False
+    max_length: Annotated[Whole, Field(ge=2)] = 1024
+    truncate: Switch = False
     log_every: Positive = 1
     trainer: dict[str, Any] = {}
 
@@ -280,11 +298,11 @@ class RL(Optimizer):
     max_steps: Positive | None = None
     prompts: Positive = 128
     update_prompts: Positive = 64
-    group_size: Annotated[int, Field(ge=2)] = 8
+    group_size: Annotated[Whole, Field(ge=2)] = 8
     micro_batch: Positive = 8
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Finite = 1.0
     max_new_tokens: Positive = 8192
-    truncate: bool = False
+    truncate: Switch = False
     kl_every: Positive = 1
     eval_every: Count = 0
     eval_prompts: Positive = 64
@@ -346,11 +364,11 @@ class Reward(Section):
     stages: list[str] = []
     isolation: str | None = None
     model: str | None = None
-    sqrt_length: bool = False
-    weights: dict[str, float] = {}
-    deadline: Annotated[float, Field(gt=0)] = 10.0
+    sqrt_length: Switch = False
+    weights: dict[str, Real] = {}
+    deadline: Finite = 10.0
     workers: Positive = 2
-    failed_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    failed_share: Share = 0.01
 
     @field_validator("weights")
     @classmethod
@@ -389,7 +407,7 @@ class Recipe(Section):
     model: str | None = None
     name: str | None = None
     published: str | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what numpy takes
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0  # what numpy takes
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     template: str | None = None
     trust_remote_code: bool = False
@@ -440,7 +458,8 @@ def contradictions(table: dict[str, Any]) -> list[str]:
     data = table.get("data")
     if isinstance(data, dict) and data.get("source") in ("files", "hub"):
         sft = table.get("sft")
-        learned = sft.get("splits", ["demos"]) if isinstance(sft, dict) else ["demos"]
+        splits = sft.get("splits", ["demos"]) if isinstance(sft, dict) else ["demos"]
+        learned = [split for split in splits if split in ("demos", "prompts")] if isinstance(splits, list) else []
         for stage, split in (("pretrain", "demos"), *(("sft", split) for split in learned), ("rl", "prompts")):
             given = data.get(split) != 0 if data.get(f"{split}_from") else bool(data.get(split))
             if stage in table and not given:

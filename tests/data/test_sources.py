@@ -365,7 +365,7 @@ def test_missing_binary_and_unknown_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_bytes(b"\xff\xfe\x00")
     for name, message in (
         ("absent.jsonl", "cannot read"),
-        ("b.jsonl", "not UTF-8, at byte 0"),
+        ("b.jsonl", "not UTF-8: byte 0xff"),
         ("b.parquet", "not a Parquet file"),
         ("b.xlsx", "no reader for '.xlsx'"),
     ):

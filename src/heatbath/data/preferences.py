@@ -213,7 +213,7 @@ def _listed(record: dict[str, Any]) -> str:
 def _score(value: Any, where: str) -> float:
     try:
         score = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         score = math.nan
     if not 0 <= score <= 1:
         raise DataError(

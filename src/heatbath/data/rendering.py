@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+
 from heatbath.data.rows import Row
 from heatbath.errors import DataError
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
+# What a template raises by raise_exception, and what its expressions may.
+TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -122,5 +126,12 @@ def _ids(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]],
             "model",
             "use a model that ships one, or set tokenizer.chat_template and save the tokenizer with the model",
         )
-    encoded = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True, **kwargs)
+    try:
+        encoded = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True, **kwargs)
+    except TEMPLATE_ERRORS as error:
+        said = (
+            f"the chat template refuses a conversation of {', '.join(turn['role'] for turn in conversation)}: {error}"
+        )
+        remedy = "bring the turns into the order that the template wants, or give another `template`"
+        raise DataError(said, f"template; the question is {conversation[-1]['content'][:80]!r}", remedy) from None
     return list(encoded["input_ids"])

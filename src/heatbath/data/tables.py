@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import math
 import string
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from heatbath.verify.choice import read_options
 Record = tuple[dict[str, Any], str]  # what the table holds, and where
 NEEDS = {"demos": "solution", "validation": "solution", "prompts": "answer", "test": "answer"}
 MESSAGE = 'each is {"role": "system" | "user" | "assistant", "content": "…"}'
-READERS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
+CHECK_PATH = "check the path and data.folder"
+UTF8 = "save it as UTF-8"
+BOM = b"\xef\xbb\xbf"
 
 
 def load(data: FilesData | HubData | DeepMathData, seed: int) -> Splits:
@@ -110,8 +114,9 @@ def read_hub(
 
     try:
         table = datasets.load_dataset(name, config, split=split, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (OSError, ValueError, KeyError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        why = error.__cause__ or error  # a DatasetGenerationError says nothing itself
+        first = str(why).strip().splitlines()[0] if str(why).strip() else "it holds no rows"
         raise DataError(f"cannot load the split '{split}' of '{name}': {first}", key, remedy) from None
     return ((dict(record), f"{name} {split}, row {number}") for number, record in enumerate(table, 1))
 
@@ -119,20 +124,21 @@ def read_hub(
 def read_file(path: Path, key: str) -> Iterator[Record]:
     """The records of a .jsonl, .json (a list), .parquet or .csv file, or of a folder of them, each with its place.
     Raises DataError naming file and row (from 1); `key` is the recipe's key that named the file."""
-    if path.is_dir():
-        return _shards(path, key)
-    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
-    reader = readers.get(path.with_suffix("").suffix.lower() if path.suffix == ".gz" else path.suffix.lower())
+    name = path.name.lower()
+    try:
+        if path.is_dir():
+            return _shards(path, key)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", key, CHECK_PATH) from None
+    reader = next((READERS[ending] for ending in READERS if name.endswith(ending)), None)
     if reader is None:
         raise DataError(
             f"no reader for '{path.suffix or path.name}' files", f"{path} ({key})", f"write it as {', '.join(READERS)}"
         )
     try:
         records = list(reader(path, key))
-    except UnicodeDecodeError as error:
-        raise DataError(f"cannot read {path}: not UTF-8, at byte {error.start}", key, "save it as UTF-8") from None
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error}", key, "check the path and data.folder") from None
+        raise DataError(f"cannot read {path}: {error}", key, CHECK_PATH) from None
     if not records:
         raise DataError("the file holds no rows", f"{path} ({key})", "one problem per row")
     return iter(records)
@@ -140,66 +146,127 @@ def read_file(path: Path, key: str) -> Iterator[Record]:
 
 def _shards(folder: Path, key: str) -> Iterator[Record]:
     """The tables of a folder, in the order of their names."""
-    parts = sorted(path for path in folder.iterdir() if path.name.lower().endswith(READERS))
+    parts = sorted(path for path in folder.iterdir() if path.name.lower().endswith(tuple(READERS)))
     if not parts:
         raise DataError("the folder holds no table", f"{folder} ({key})", f"write it as {', '.join(READERS)}")
     return (record for part in parts for record in read_file(part, key))
 
 
 def _jsonl(path: Path, key: str) -> Iterator[Record]:
-    stored = path.read_bytes()
-    text = (gzip.decompress(stored) if path.suffix == ".gz" else stored).decode("utf-8-sig")
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_content(path, key).removeprefix(BOM).split(b"\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, row {number} ({key})"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"not JSON: {error}", where, "one JSON object per line") from None
-        yield _object(record, where), where
+        yield _object(_json_value(line, where, "one JSON object per line"), where, b"\\u" in line), where
+
+
+def _content(path: Path, key: str) -> bytes:
+    stored = path.read_bytes()
+    if path.suffix.lower() != ".gz":
+        return stored
+    try:
+        return gzip.decompress(stored)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"not a whole gzip file: {error}", f"{path} ({key})", "pack or copy it anew") from None
 
 
 def _json(path: Path, key: str) -> Iterator[Record]:
-    try:
-        table = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"not JSON: {error}", f"{path} ({key})", "a list of objects, or use .jsonl") from None
+    remedy = "a list of objects, or use .jsonl"
+    raw = path.read_bytes().removeprefix(BOM)
+    table, escapes = _json_value(raw, f"{path} ({key})", remedy), b"\\u" in raw
     if not isinstance(table, list):
-        raise DataError("not a list of objects", f"{path} ({key})", "a list of objects, or use .jsonl")
+        raise DataError("not a list of objects", f"{path} ({key})", remedy)
     for number, record in enumerate(table, 1):
         where = f"{path}, row {number} ({key})"
-        yield _object(record, where), where
+        yield _object(record, where, escapes), where
 
 
-def _object(record: Any, where: str) -> dict[str, Any]:
+def _json_value(raw: bytes, where: str, remedy: str) -> Any:
+    """What JSON says. Raises DataError for what is none, and for what Python cannot hold."""
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise DataError(f"not JSON: {error}", where, remedy) from None
+    except UnicodeDecodeError as error:
+        what = f"not UTF-8: byte 0x{raw[error.start]:02x}" + f" in line {_line(raw, error)}" * (b"\n" in raw)
+        raise DataError(what, where, UTF8) from None
+    except RecursionError:
+        raise DataError("not JSON: nested too deeply", where, remedy) from None
+    except ValueError as error:  # a key that is there twice, or a number of more than 4,300 digits
+        raise DataError(str(error).partition(";")[0], where, remedy) from None
+
+
+def _line(raw: bytes, error: UnicodeDecodeError) -> int:
+    return raw.count(b"\n", 0, error.start) + 1
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"'{twice}' is there twice in one object, that of {str(pairs[0][1])[:80]!r}")
+    return found
+
+
+def _object(record: Any, where: str, escapes: bool) -> dict[str, Any]:
+    """The record; where it has `escapes`, those must be characters. Raises DataError."""
     if not isinstance(record, dict):
         raise DataError("not a JSON object", where, "one JSON object per row")
+    try:
+        if escapes:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        what = "half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+        raise DataError(what, where, "write the whole pair, or leave it out") from None
     return record
 
 
 def _parquet(path: Path, key: str) -> Iterator[Record]:
     import pyarrow.parquet
-    from pyarrow import ArrowInvalid
 
+    where = f"{path} ({key})"
     try:
-        table = pyarrow.parquet.read_table(path)
-    except ArrowInvalid as error:
-        raise DataError(f"not a Parquet file: {error}", f"{path} ({key})", "write it anew") from None
-    for number, record in enumerate(table.to_pylist(), 1):
-        yield record, f"{path}, row {number} ({key})"
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(path.read_bytes()))
+        names = file.schema_arrow.names
+        _require_different(names, where)
+        table = file.read()
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the file itself
+        first = str(error).partition("\n")[0]
+        raise DataError(f"not a Parquet file: {first}", where, "write it anew") from None
+    columns = []
+    for name in names:
+        try:
+            columns.append(table[name].to_pylist())
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # no UTF-8, or beyond the calendar
+            what = f"cannot read the column '{name}': {error}"
+            raise DataError(what, where, "write columns of text and numbers") from None
+    for number, values in enumerate(zip(*columns, strict=True), 1):
+        yield dict(zip(names, values, strict=True)), f"{path}, row {number} ({key})"
+
+
+def _require_different(names: list[str], where: str) -> None:
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"two columns have the same name, '{twice}'", where, "rename one of them")
 
 
 def _csv(path: Path, key: str) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)  # a reasoning trace may be longer than the module's 128 KiB
-    with path.open(encoding="utf-8-sig", newline="") as stream:
+    raw = path.read_bytes().removeprefix(BOM)
+    try:
+        stream = io.StringIO(raw.decode("utf-8"), newline="")
+    except UnicodeDecodeError as error:
+        where = f"{path}, line {_line(raw, error)} ({key})"
+        raise DataError(f"not UTF-8: byte 0x{raw[error.start]:02x}", where, UTF8) from None
+    with stream:
         reader = csv.reader(stream, strict=True)
         try:
             header = next(reader, [])
             if len(header) == 1 and (found := [mark for mark in ";\t|" if mark in header[0]]):
                 raise DataError(f"columns are separated by {found[0]!r}", f"{path} ({key})", "separate them by commas")
-            if len(set(header)) < len(header):
-                raise DataError("two columns have the same name", f"{path}, header ({key})", "rename one of them")
+            _require_different(header, f"{path}, header ({key})")
             for number, values in enumerate((row for row in reader if row), 1):
                 where = f"{path}, row {number} ({key})"
                 if len(values) != len(header):
@@ -211,6 +278,9 @@ def _csv(path: Path, key: str) -> Iterator[Record]:
                 yield dict(zip(header, values, strict=True)), where
         except csv.Error as error:
             raise DataError(f"not CSV: {error}", f"{path}, line {reader.line_num} ({key})", "write it anew") from None
+
+
+READERS = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
 
 
 def rows_of(record: dict[str, Any], where: str, fields: Fields, need: tuple[str, ...], most: int) -> list[Row]:
@@ -259,7 +329,10 @@ def _gold(record: dict[str, Any], fields: Fields, where: str) -> str | None:
     if fields.tests is not None:
         tests = record if fields.tests == "*" else record.get(fields.tests)
         tests = {"test_list": tests} if isinstance(tests, list) and tests else tests  # assertions, as in MBPP
-        return None if not tests else tests if isinstance(tests, str) else json.dumps(tests)
+        try:
+            return None if not tests else tests if isinstance(tests, str) else json.dumps(tests)
+        except (TypeError, ValueError) as error:  # what Parquet can hold and JSON cannot
+            raise DataError(f"'{fields.tests}' holds no tests: {error}", where, "texts, numbers, lists") from None
     answer = as_text(record.get(fields.answer), fields.answer, where)
     if answer is not None and fields.answer_after is not None:
         answer = _after(answer, fields.answer_after, where)
@@ -292,7 +365,7 @@ def _numbers(record: dict[str, Any], name: str, where: str) -> float | list[floa
     values = value if isinstance(value, list) else [value]
     try:
         numbers = [float(v) for v in values]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = [math.nan]
     if not all(map(math.isfinite, numbers)):
         raise DataError(f"the column '{name}' holds something that is no number", where, "write finite numbers")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from heatbath.data.tables import Record, as_text
-from heatbath.data_sections import Fields, Positive, Section
+from heatbath.data_sections import Fields, Positive, Section, Switch
 from heatbath.errors import DataError
 
 OPTIONS = "options"  # the field that options found elsewhere are put into
@@ -30,9 +30,9 @@ class Reading(Section):
 
     fields: Fields = Fields()
     where: dict[str, Any] = {}
-    options_inside: bool = False
+    options_inside: Switch = False
     distractors: list[str] = []
-    indexed: bool = False
+    indexed: Switch = False
     problems: Positive | None = None
 
     @property

@@ -10,17 +10,17 @@ import difflib
 import importlib.resources
 import json
 import re
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from heatbath import toml_files
 from heatbath.data.rows import Row
 from heatbath.data.task_records import Reading
-from heatbath.data_sections import Fields, Positive, Section, whole
-from heatbath.errors import DataError, RecipeError
+from heatbath.data_sections import Fields, Name, Positive, Rate, Real, Section, whole
+from heatbath.errors import DataError, RecipeError, got
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,8 +41,8 @@ class TaskSampling(Section):
 
     samples: Positive | None = None
     k: Annotated[list[Positive], Field(min_length=1)] | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Rate | None = None
+    top_p: Annotated[Real, Field(gt=0, le=1)] | None = None
     max_new_tokens: Positive | None = None
 
 
@@ -50,7 +50,7 @@ class Hub(Reading):
     """A dataset of the hub with the same rows. What it does not set of `Reading` is the task's. `config = "*"` reads
     every configuration, whose name is then the column `config`."""
 
-    id: str
+    id: Name
     config: str | None = None
     split: str = "test"
     revision: str | None = None
@@ -64,14 +64,14 @@ class Task(Reading):
     `family` of "reasoning_gym", with their `options`. A judged task also has `references` and `judge_prompts`, files.
     """
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Name
     version: Positive = 1
     title: str = ""
     licence: str = ""
     link: str = ""
     kind: Literal["math", "choice", "code", "judge", "lm_eval"]
     source: Literal["table", "arithmetic", "reasoning_gym", "lm_eval"] = "table"
-    file: str | None = None
+    file: Name | None = None
     hub: Hub | None = None
     remedy: str | None = None
     prompt: str = QUESTION
@@ -257,6 +257,9 @@ class Task(Reading):
 
         whole = self.problems or EXAM
         sizes: Any = {"test": min(problems or whole, whole), "demos": 0, "validation": 0, "prompts": 0}
+        if set_here := next((key for key in (*sizes, "source") if key in self.options), None):
+            said = f"{self.source} takes no option '{set_here}' of a task"
+            raise RecipeError(said, f"task {self.name}, options", "`problems` is how many are asked")
         try:
             if self.source == "arithmetic":
                 data: Any = ArithmeticData(source="arithmetic", **sizes, **self.options)
@@ -293,7 +296,7 @@ def find(name: str | Path) -> Task:
     files = shipped()
     if text in files:
         return _load(files[text])
-    path = Path(text).expanduser()
+    path = Path(settled(text))
     if text.endswith(".toml"):
         if not path.is_file():
             raise RecipeError("no such task file", text, "check the path, which is relative to the working folder")
@@ -372,12 +375,7 @@ def _family(family: str) -> Task:
 
 def _load(path: Path) -> Task:
     """The definition in a file. Raises RecipeError listing every mistake at once."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the task: {error}", str(path), "docs/tasks.md shows one") from None
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"not valid TOML: {error}", str(path), "see https://toml.io") from None
+    table = toml_files.read(path, str(path), "docs/tasks.md shows one")
     if "lm_eval" in (table.get("kind"), table.get("source")):
         raise RecipeError("lm_eval tasks are not written as TOML", str(path), "name them as lm_eval:TASK")
     try:
@@ -404,8 +402,7 @@ def _explain(error: Any) -> str:
             f", did you mean '{near[0]}'?" if near else f" (known: {', '.join(table.model_fields)})"
         )
     message = error["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
-    return f"{key or 'task'}: {message[0].lower() + message[1:]}{got}"
+    return f"{key or 'task'}: {message[0].lower() + message[1:]}{got(error['input'])}"
 
 
 def _configurations(hub: Hub) -> list[str | None]:
@@ -416,5 +413,5 @@ def _configurations(hub: Hub) -> list[str | None]:
 
     try:
         return sorted(datasets.get_dataset_config_names(hub.id, revision=hub.revision))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"cannot list the configurations of '{hub.id}': {error}", hub.id, "") from None

@@ -243,10 +243,10 @@ class Policy:
 
 def component(part: str, name: str, table: dict[str, tuple[Any, tuple[str, ...]]]) -> Callable[..., Any]:
     """A part by its name in the table, or the user's own function. Raises ValueError where there is none."""
-    if name in table:
+    if isinstance(name, str) and name in table:
         found: Callable[..., Any] = table[name][0]
         return found
-    if part not in OWN or ":" not in str(name):
+    if part not in OWN or not isinstance(name, str) or ":" not in name:
         own = " or a function of your own, 'file.py:function'" if part in OWN else ""
         raise ValueError(f"{part} must be one of {', '.join(table)}{own}, not '{name}'")
     function, passed = _imported(name), OWN[part]

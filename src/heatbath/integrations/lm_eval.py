@@ -193,7 +193,9 @@ def _loaded(name: str) -> Any:
         manager = _manager(not own)
     except ModuleNotFoundError as error:
         missing = error.name or "lm_eval"
-        raise RecipeError(f"lm-evaluation-harness is not installed ({missing} is missing)", name, REMEDY) from None
+        raise RecipeError(
+            f"lm-evaluation-harness is not installed ({missing} is missing)", "eval.tasks", REMEDY
+        ) from None
     if not own and name not in manager.all_subtasks:
         if name in manager.all_tasks:
             some = ", ".join([task for task in manager.all_subtasks if task.startswith(name)][:6]) or REGISTERED

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from heatbath import recipe as recipes
+from heatbath import toml_files
 from heatbath.compare_sections import Compare, Grid
 from heatbath.errors import RecipeError, RunError
 from heatbath.opening import readers
@@ -275,19 +275,11 @@ def parse_vary(texts: Sequence[str]) -> Grid:
         if not equals or not key.strip() or not values.strip():
             raise RecipeError("what is varied is key=value,value", f"--vary {text}", "for example strategy=sft,gift")
         written = values if values.lstrip().startswith("[") else f"[{values}]"
-        try:
-            parsed = tomllib.loads(f"v = {written}")["v"]
-        except tomllib.TOMLDecodeError:
-            parsed = [_plain(value) for value in values.split(",")]
-        found[key.strip()] = parsed
+        where = f"--vary {text}"
+        parsed = toml_files.value(written, where)
+        single = (toml_files.value(each.strip(), where) for each in values.split(","))
+        found[key.strip()] = parsed if isinstance(parsed, list) else list(single)
     return found
-
-
-def _plain(text: str) -> Any:
-    try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text.strip()
 
 
 def parse_seeds(text: str) -> list[int]:

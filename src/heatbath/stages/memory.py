@@ -6,6 +6,7 @@ token and layer. It is an estimate: docs/LOG.md compares it with what was measur
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def _with_adapters(recipe: Recipe, config: Any) -> peft.PeftModel:
         linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
         try:
             return peft.get_peft_model(model, lora_config(recipe.lora))
-        except ValueError as error:
+        except (ValueError, re.error) as error:  # no such layer, or no pattern
             first = str(error).strip().splitlines()[0]
             raise RecipeError(
                 f"the adapters do not fit the model: {first}", "lora.targets", f"its linear layers: {', '.join(linear)}"

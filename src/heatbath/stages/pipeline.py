@@ -170,7 +170,7 @@ def _check_settings(recipe: Recipe, stages: tuple[str, ...]) -> None:
             preference.training_arguments(recipe, folder)
         if "rl" in stages:
             rl.training_arguments(recipe, folder)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         where = ", ".join(f"[{stage}.trainer]" for stage in ("sft", "preference", "rl") if stage in stages)
         raise RecipeError(f"TRL refuses the settings: {first}", where, "change them") from None

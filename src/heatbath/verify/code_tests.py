@@ -134,7 +134,7 @@ def read_tests(gold: Mapping[str, Any] | str) -> Tests:
         except (ValueError, RecursionError) as error:
             raise BadGoldError(f"the gold is not JSON: {error}") from error
     if not isinstance(gold, Mapping):
-        raise BadGoldError(f"the gold is a {type(gold).__name__}, not a mapping")
+        raise BadGoldError(f"the gold is {json.dumps(gold, default=repr)[:80]}, not a mapping")
     try:
         return _read(gold)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
