@@ -85,7 +85,7 @@ def test_an_unfinished_stage_asks_which_is_meant(tmp_path: Path) -> None:
         open_run(run.folder, recipe(), ("rl",), Opening())
     assert "--resume" in caught.value.remedy and "--fresh" in caught.value.remedy
     resumed = open_run(run.folder, recipe(), ("rl",), Opening(resume=True))
-    assert resumed.last_checkpoint("rl").name == "checkpoint-8"
+    assert resumed.last_checkpoint("rl", print).name == "checkpoint-8"
     assert not (run.working("rl") / "checkpoint-99").exists(), "a checkpoint without its mark is half of one"
     with resumed.new_checkpoint("final"):
         assert [row["step"] for row in resumed.metrics("rl")] == [0, 4, 8]

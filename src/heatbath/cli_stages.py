@@ -213,7 +213,9 @@ def _carry_out(asked: _Asked, json: bool) -> None:
 
     recipe, folder, how = asked.recipe, asked.folder, asked.how
     progress = Progress(quiet=json)
-    ranks.join(progress.say)
+    ranks.join()
+    if ranks.count() > 1:
+        asked.launch.require_started(recipe, asked.stages)
     if asked.stage == "rescore":
         Run.read(folder)
     splits = None
@@ -230,6 +232,7 @@ def _carry_out(asked: _Asked, json: bool) -> None:
         if code or not asked.whole or not evaluates_alone(recipe) or node():
             raise typer.Exit(code)
         how = Opening(resume=True)
+    ranks.take_one_device(progress.say)
     with Run(folder, recipe).locked():
         if ranks.first():
             opened = open_run(folder, recipe, asked.stages, how, whole=asked.whole, say=progress.say)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import shlex
 import signal
@@ -60,13 +61,35 @@ class Launch:
                 "--gpus",
                 "as many as there are, or look at CUDA_VISIBLE_DEVICES",
             )
+        if "eval" in stages and evaluates_alone(recipe) and importlib.util.find_spec("vllm") is None:
+            raise RecipeError(
+                "vLLM, which is to evaluate after the training, is not installed",
+                "eval.engine",
+                "pip install 'heatbath[vllm]', or eval.engine = \"transformers\"",
+            )
         if self.nodes > 1 and "MASTER_ADDR" not in os.environ:
             raise RecipeError(
                 "several machines need one that the others find",
                 "--nodes",
                 "export MASTER_ADDR=<host of the first machine> on each (docs/scale.md has it for SLURM and Ray)",
             )
+        if recipe.lora is not None and self.sharding not in ("ddp", "zero2"):
+            raise RecipeError(
+                "adapters of sharded weights cannot be merged yet",
+                "--sharding",
+                "leave it out: with [lora] gradients and optimizer are small, and the base needs no second copy",
+            )
         require_shares(recipe, stages, self.processes)
+
+    def require_started(self, recipe: Recipe, stages: Sequence[str]) -> None:
+        """Raises RecipeError where processes that somebody else has started are not those that are asked for here."""
+        if ranks.LAUNCHED not in os.environ and self.several and self.processes != ranks.count():
+            raise RecipeError(
+                f"{ranks.count()} processes are running already (RANK and WORLD_SIZE are set)",
+                "--gpus, --nodes",
+                "leave them out where torchrun or accelerate has started heatbath",
+            )
+        require_shares(recipe, stages, ranks.count())
 
     def command(self, arguments: Sequence[str], *, gpu: bool) -> list[str]:
         """The line that starts heatbath with these arguments, on machines with GPUs or without."""

@@ -36,10 +36,9 @@ def first() -> bool:
     return rank() == 0
 
 
-def join(say: Callable[[str], None]) -> None:
-    """Lets the processes that a launcher has started find each other, each on its own device; a process alone takes one
-    GPU. Raises RunError where there are not as many as were asked for: a launcher that starts fewer in silence would
-    train another batch."""
+def join() -> None:
+    """Lets the processes that a launcher has started find each other, each on its own device. Raises RunError where
+    there are not as many as were asked for: a launcher that starts fewer in silence would train another batch."""
     asked = os.environ.get(LAUNCHED)
     if asked is not None and int(asked) != count():
         raise RunError(
@@ -47,11 +46,10 @@ def join(say: Callable[[str], None]) -> None:
             "the launcher",
             "start them with torchrun or accelerate (docs/scale.md), one per GPU",
         )
+    if count() == 1:
+        return
     import torch
 
-    if count() == 1:
-        _take_one(torch.cuda.device_count(), say)
-        return
     backend = "gloo"
     if torch.cuda.is_available():
         device = int(os.environ.get("LOCAL_RANK", "0"))
@@ -67,9 +65,12 @@ def join(say: Callable[[str], None]) -> None:
         torch.distributed.init_process_group(backend, timeout=PATIENCE)
 
 
-def _take_one(visible: int, say: Callable[[str], None]) -> None:
-    """Hides all GPUs but the first: transformers would lay a batch over all of them, which TRL refuses."""
-    if visible > 1:
+def take_one_device(say: Callable[[str], None]) -> None:
+    """Of a process alone: hides all GPUs but the first. transformers would lay a batch over all of them, which TRL
+    refuses."""
+    import torch
+
+    if count() == 1 and (visible := torch.cuda.device_count()) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         say(f"{visible} GPUs are visible and one is used; --gpus {visible} takes all of them")
 

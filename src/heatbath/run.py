@@ -135,15 +135,15 @@ class Run:
         """Where a training stage keeps what it needs to be resumed."""
         return self.folder / "checkpoints" / f".{stage}"
 
-    def last_checkpoint(self, stage: str, say: Callable[[str], None] = lambda text: None) -> Path | None:
-        """The newest checkpoint of an unfinished stage whose every file is there as it was written, or None. What a
-        kill left half is removed, and so is, after a word, what has been damaged since."""
+    def last_checkpoint(self, stage: str, say: Callable[[str], None] | None = None) -> Path | None:
+        """The newest checkpoint of an unfinished stage whose every file is there as it was written, or None. Where
+        somebody hears it (`say`), what a kill left half is removed, and what has been damaged since, after a word."""
         whole: list[tuple[int, Path]] = []
         for path in self.working(stage).glob("checkpoint-*"):
             damage = _damage(path)
             if damage is None:
                 whole.append((int(path.name.rpartition("-")[2]), path))
-            elif ranks.first():
+            elif say is not None and ranks.first():
                 if damage:
                     say(f"{stage}: {path.name} is damaged ({damage}) and removed")
                 shutil.rmtree(path, ignore_errors=True)
@@ -156,8 +156,19 @@ class Run:
         to_disk(checkpoint)
         files = [p for p in checkpoint.rglob("*") if p.is_file() and p != checkpoint / COMPLETE]
         sizes = {str(p.relative_to(checkpoint)): p.stat().st_size for p in files}
-        mark = {"rows": len(self.metrics(stage)), "files": sizes}
+        mark = {"rows": len(self.metrics(stage)), "processes": ranks.count(), "files": sizes}
         write_atomically(checkpoint / COMPLETE, json.dumps(mark))
+
+    def require_same_processes(self, checkpoint: Path) -> None:
+        """Raises RunError where a checkpoint is gone on with by another number of processes: each has random states of
+        its own, and the run would not be the same."""
+        before = _mark(checkpoint).get("processes", ranks.count())
+        if before != ranks.count():
+            raise RunError(
+                f"the stage was begun by {before} processes, and now there are {ranks.count()}",
+                str(checkpoint),
+                f"go on with --gpus {before} (or that many in all), or --fresh",
+            )
 
     def finished(self, stage: str) -> bool:
         """Whether a stage has left its policy, or the evaluation its results."""

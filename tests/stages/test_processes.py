@@ -159,7 +159,7 @@ def test_a_launcher_that_starts_fewer_is_not_obeyed(monkeypatch: pytest.MonkeyPa
     """accelerate's launcher starts one process on a CPU, whatever is asked for."""
     monkeypatch.setenv(ranks.LAUNCHED, "2")
     with pytest.raises(RunError, match="2 processes were asked for and 1 started"):
-        ranks.join(print)
+        ranks.join()
 
 
 def test_a_run_of_two_that_loses_one_resumes_where_it_was(both: Path, small_base: Path, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def run_all(folder: Path, base: str, kept: list) -> None:
 
 
 if __name__ == "__main__":
-    ranks.join(print)
+    ranks.join()
     completions = json.loads(Path(sys.argv[3]).read_text())
     run_all(Path(sys.argv[1]), sys.argv[2], completions)
     torch.distributed.destroy_process_group()

@@ -163,6 +163,7 @@ def sample_policy(run: Run, recipe: Recipe, policy: str, asked: list[Exam], prog
         (exam, judged.missing(run, exam, policy) if exam.kind == JUDGE else missing(there, exam, recipe.seed))
         for exam in asked
     ]
+    ranks.wait()  # all have read before the first of them writes
     left_out: list[LeftOutError] = []
     if not any(rows for _, rows in lacking):
         return left_out

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -23,6 +22,7 @@ from heatbath.ideas.passes import chunk_tokens
 from heatbath.ideas.policy import policy
 from heatbath.ideas.statistics import needs_reference
 from heatbath.recipe import Recipe
+from heatbath.run import Run
 from heatbath.stages.training import lora_config
 
 GIB = 2**30
@@ -40,7 +40,7 @@ def estimate(
     short = recipe.precision != "fp32" if gpu else models.autocast_dtype(recipe.precision) is not None
     kind = "cuda" if (torch.cuda.is_available() if gpu is None else gpu) else "cpu"
     config = _config(recipe)
-    shape = _shape(config)
+    shape = _shape(config, trusted=isinstance(recipe.model, models.TrustedName))
     trained = _lora_parameters(recipe, config) if recipe.lora else shape["parameters"]
     stages: dict[str, dict[str, float]] = {}
     if recipe.sft is not None:
@@ -99,7 +99,7 @@ def _parts(
 
 def parameters(recipe: Recipe) -> int:
     """Of the recipe's model, from its configuration."""
-    return _shape(_config(recipe))["parameters"]
+    return int(_model(_config(recipe), trusted=isinstance(recipe.model, models.TrustedName)).num_parameters())
 
 
 def disk(recipe: Recipe, stage: str) -> int:
@@ -109,22 +109,24 @@ def disk(recipe: Recipe, stage: str) -> int:
     if stage == "eval" or settings is None:
         return LOGS
     config = _config(recipe)
-    whole = _shape(config)["parameters"]
+    whole = _model(config, trusted=isinstance(recipe.model, models.TrustedName)).num_parameters()
     trained = _lora_parameters(recipe, config) if recipe.lora and stage != "pretrain" else whole
     kept = settings.save_total_limit + 1 if settings.save_every else 1  # one where it is interrupted
     return LOGS + 4 * whole + kept * 12 * trained
 
 
-def require_room(folder: Path, recipe: Recipe, stage: str) -> None:
-    """Raises RunError where the disk of the folder has no room for what a stage will write."""
-    needed, there = disk(recipe, stage), folder.resolve()
+def require_room(run: Run, recipe: Recipe, stage: str) -> None:
+    """Raises RunError where the disk of the run's folder has no room for what a stage will write; checkpoints that are
+    there already make way."""
+    there = run.folder.resolve()
+    needed = disk(recipe, stage) - sum(p.stat().st_size for p in run.working(stage).rglob("*") if p.is_file())
     while not there.exists():
         there = there.parent
     if (free := shutil.disk_usage(there).free) < needed:
         keeps = f", or keep fewer checkpoints ({stage}.save_total_limit, {stage}.save_every = 0)" * (stage != "eval")
         raise RunError(
             f"the {stage} stage will write about {needed / GIB:,.2f} GiB, and {free / GIB:,.2f} GiB are free",
-            str(folder),
+            str(run.folder),
             f"make room, choose another --out{keeps}",
         )
 
@@ -138,9 +140,14 @@ def _config(recipe: Recipe) -> Any:
     return models.load_config(recipe.model)
 
 
-def _shape(config: Any) -> dict[str, int]:
+def _model(config: Any, *, trusted: bool = False) -> Any:
+    """The model of a configuration without its weights."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+
+
+def _shape(config: Any, *, trusted: bool = False) -> dict[str, int]:
+    model = _model(config, trusted=trusted)
     text = config.get_text_config()
     d, heads = text.hidden_size, text.num_attention_heads
     return {

@@ -19,9 +19,9 @@ from torch import Tensor
 from heatbath.data.rendering import IGNORE
 from heatbath.errors import RunError
 from heatbath.ideas.statistics import Objective
-from heatbath.reference import AdaptersOff, FrozenBase, Reference, require_same_vocabulary, segment_ids, sequence_starts
+from heatbath.reference import AdaptersOff, FrozenBase, Reference, require_same_vocabulary, segment_ids
 from heatbath.stages.fused_forward import add_objective_forward
-from heatbath.stages.training import CARRIED, RowCollator, require_finite
+from heatbath.stages.training import CARRIED, RowCollator, float32_outputs, require_finite
 
 Reduction = Literal["token_mean", "sequence_sum", "microbatch_token_mean"]
 
@@ -61,6 +61,7 @@ class ObjectiveMixin:
             reference = AdaptersOff(self.model)
         if reference is not None:
             require_same_vocabulary(self.model, reference)
+        float32_outputs(self)  # type: ignore[arg-type]
         if isinstance(reference, FrozenBase) and self.accelerator.is_fsdp2:
             reference.shard()
         self.objective, self.reference, self.reduction = objective, reference, reduction
@@ -121,7 +122,7 @@ class ObjectiveMixin:
         if mode == "eval":
             return (loss / max(tokens, 1), out) if return_outputs else loss / max(tokens, 1)
         if self.reduction == "microbatch_token_mean":
-            return loss / max(tokens, 1)
+            return loss / max(tokens, 1) * self.accelerator.num_processes
         # DDP averages gradients over ranks, and the denominator already spans all of them.
         assert num_items_in_batch is not None
         return loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
@@ -256,7 +257,10 @@ class OldPolicy:
 
 
 def _sequences(batch: dict[str, torch.Tensor]) -> int:
-    return int(sequence_starts(batch, batch["labels"]).sum())
+    """Sequences of which something is learned."""
+    learned = batch["labels"] != IGNORE
+    learned[:, 0] = False  # the first token of a row is never a target
+    return len(segment_ids(batch, batch["labels"])[learned].unique())
 
 
 def _tokens(batch: dict[str, torch.Tensor]) -> int:

@@ -33,6 +33,7 @@ def run_all(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
             else:
                 run_stage(stage, run, recipe, progress)
     if ranks.count() > 1 and evaluates_alone(recipe):
+        progress.say(f"evaluation with vLLM is done by one process: heatbath run {run.folder} --resume")
         return {}
     results = run_stage("eval", run, recipe, progress)
     assert results is not None
@@ -47,7 +48,7 @@ def run_stage(stage: str, run: Run, recipe: Recipe, progress: Progress) -> dict[
     from heatbath.stages.memory import require_room
 
     if ranks.first():
-        require_room(run.folder, recipe, stage)
+        require_room(run, recipe, stage)
     results = _run_stage(stage, run, recipe, progress)
     if progress.interrupted:  # so late that the stage came to its end
         raise KeyboardInterrupt

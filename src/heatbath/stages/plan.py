@@ -68,7 +68,7 @@ def plan(recipe: Recipe, stages: tuple[str, ...], command: list[str], launch: La
             "memory": {stage: cost.sharded(on_gpus[stage]) for stage in out["memory"]},
             "assumed": cost.ASSUMED,
         }
-    gpu = torch.cuda.is_available() or launch.sharding != "ddp"
+    gpu = torch.cuda.is_available() or launch.sharding != "ddp" or size > cost.LARGE
     if launch.several:
         held = memory.estimate(recipe, longest, longest_prompt, longest_preference, gpu=gpu)
         out["processes"] = _shared(recipe, {stage: held[stage] for stage in out["memory"]}, launch)

@@ -25,7 +25,7 @@ from heatbath.ideas.surrogates import ESTIMATORS, Counts, Policy, Rows, informat
 from heatbath.stages import rollouts
 from heatbath.stages.fixed_policies import FixedPolicies
 from heatbath.stages.fused_forward import add_objective_forward
-from heatbath.stages.training import own_part, require_finite, without_dropout
+from heatbath.stages.training import float32_outputs, own_part, require_finite, without_dropout
 from heatbath.stages.vllm_server import explained
 from heatbath.verify.verdict import STATUSES
 
@@ -81,6 +81,7 @@ class PolicyTrainer(trl.GRPOTrainer):
         with explained(given):
             super().__init__(*args, **kwargs)
         self.policy, self.kl_every = policy.at_length(self.max_completion_length), kl_every
+        float32_outputs(self)
         without_dropout(self.model)
         self.fixed = FixedPolicies(self.model, initial, base, self.accelerator.device)
         if policy.needs_reference and not self.fixed.has(policy.reference):

@@ -14,7 +14,7 @@ import peft
 import torch
 import trl
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase
 
 from heatbath import models, ranks
 from heatbath.data import checks, rendering, sources
@@ -93,10 +93,16 @@ def build_trainer(
     demos = checks.demonstrations(tokenizer, splits.prompts, recipe) if goal.needs_demonstrations else None
     asked = min(settings.eval_prompts, len(splits.test)) if settings.eval_every else 0
     held_out = splits.test[: asked - asked % ranks.count()]  # as many for each process: none is asked twice
+    arguments = training_arguments(recipe, run.working("rl"))
+    if held_out and ranks.count() > 1:  # in whole batches: no process is given a problem once more to fill one
+        each, most = len(held_out) // ranks.count(), arguments.per_device_eval_batch_size
+        arguments.per_device_eval_batch_size = max(size for size in range(1, most + 1) if each % size == 0)
+    elif settings.eval_every and not held_out:
+        arguments.eval_strategy, arguments.eval_on_start = IntervalStrategy.NO, False
     cls = ReliftTrainer if isinstance(goal, Relift) else PolicyTrainer
     return cls(
         model=model,
-        args=training_arguments(recipe, run.working("rl")),
+        args=arguments,
         train_dataset=_dataset(splits.prompts, recipe, demos),
         eval_dataset=_dataset(held_out, recipe) if held_out else None,
         processing_class=tokenizer,

@@ -11,6 +11,7 @@ import math
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ CARRIED = "heatbath.pt"
 ADAPTER = "adapter"  # beside a merged checkpoint: what was merged, for a later stage to go on with
 LARGEST_GAP = 0.05  # nats, mean absolute difference between the sampler's and the trainer's log-probabilities
 IDLE_GENERATIONS = 3  # in a row without any signal, before it is said aloud
+ONE_INTERRUPTION = 3.0  # seconds in which the same one may come more than once: from a scheduler and a launcher
 LEAK = 1e-3  # relative difference of float32 hidden states, packed against alone; rounding stays below 1e-5
 
 
@@ -90,6 +92,21 @@ def require_finite(loss: torch.Tensor, where: str, remedy: str) -> None:
         raise RunError(f"{what} is {float(loss.detach())}", where, remedy)
 
 
+def float32_outputs(trainer: Trainer) -> None:
+    """Under FSDP2 in 16 bits accelerate would cast what leaves the model, losses and log-probabilities, and what goes
+    in: only the weights are gathered in 16 bits here, and gradients are added up in float32."""
+    accelerator: Any = trainer.accelerator
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if accelerator.is_fsdp2 and plugin is not None and plugin.mixed_precision_policy is not None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=plugin.mixed_precision_policy.param_dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+
+
 def own_part(weight: Any) -> torch.Tensor:
     """Of a weight or gradient that FSDP2 shards what this process holds; any other as it is."""
     part: torch.Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
@@ -108,6 +125,7 @@ def train(trainer: Any, run: Run, stage: str, progress: Progress) -> None:
     checkpoint = ranks.agreed(lambda: run.last_checkpoint(stage, progress.say))
     if checkpoint is not None:
         require_data(checkpoint)
+        run.require_same_processes(checkpoint)
         progress.say(f"{stage}: going on after step {checkpoint.name.rpartition('-')[2]}")
     stopping = _StopAfterStep(trainer.args, progress)
     trainer.add_callback(stopping)
@@ -239,7 +257,7 @@ class _StopAfterStep(TrainerCallback):
     generation, since only between two of them it can be resumed. Any process that hears it stops all of them."""
 
     def __init__(self, args: TrainingArguments, progress: Progress):
-        self.progress, self.asked, self.stopped = progress, False, False
+        self.progress, self.asked, self.stopped, self.heard = progress, False, False, 0.0
         self.window = max(1, getattr(args, "steps_per_generation", 1) // args.gradient_accumulation_steps)
 
     @contextmanager
@@ -256,14 +274,24 @@ class _StopAfterStep(TrainerCallback):
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+            if time.monotonic() - self.heard > ONE_INTERRUPTION:
+                raise KeyboardInterrupt
+            return
+        self.asked, self.heard = True, time.monotonic()
         self.progress.interrupted = True
-        self.progress.say("interrupted: the step in flight is finished and saved (once more ends at once)")
+        self.progress.say(
+            "interrupted: the step in flight is finished and saved (once more after "
+            f"{ONE_INTERRUPTION:g} seconds ends at once)"
+        )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if any(ranks.gathered(self.asked)) and state.global_step % self.window == 0:
             self.stopped = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.stopped:
+            control.should_evaluate = False
 
 
 class _KeepResumable(TrainerCallback):
