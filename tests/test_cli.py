@@ -1,6 +1,8 @@
 """The command line: exit codes, and messages instead of tracebacks."""
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -75,6 +77,29 @@ def test_interrupting_exits_130(monkeypatch, capsys, tmp_path: Path, small_base:
     assert call(monkeypatch, "run", "demo", f"model={small_base}", "--out", str(tmp_path / "r")) == 130
     error = capsys.readouterr().err
     assert "Traceback" not in error and "interrupted" in error and str(tmp_path / "r") in error.replace("\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_in_a_finaliser_still_ends_the_command(number: signal.Signals) -> None:
+    script = f"""
+import signal, time, weakref
+from heatbath import interruption
+
+class Held: pass
+
+interruption.listen()
+held = Held()
+weakref.finalize(held, lambda: signal.raise_signal({int(number)}))
+try:
+    del held
+    print("lost", flush=True)
+    time.sleep(20)
+    print("went on", flush=True)
+except KeyboardInterrupt:
+    print("ended", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.split(), done.stderr) == (["lost", "ended"], "")
 
 
 def test_recipes_and_doctor(monkeypatch, capsys) -> None:

@@ -9,9 +9,7 @@ import json as jsonlib
 import logging
 import os
 import shutil
-import signal
 import sys
-import threading
 import traceback
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from heatbath import cli_stages, cli_measures  # noqa: F401, I001 - their verbs, in this order
+from heatbath import interruption
 from heatbath.cli_options import Json, app
 from heatbath.errors import HeatbathError, RecipeError, RunError
 from heatbath.terminal import echo, printable
@@ -81,14 +80,9 @@ def doctor(json: Json = False) -> None:
     raise typer.Exit(0 if found["ok"] else 1)
 
 
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """The console script."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stop)  # a scheduler's end is an interruption like any other
+    interruption.listen()
     try:
         app()
     except HeatbathError as error:

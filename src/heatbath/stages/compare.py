@@ -23,6 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from heatbath import interruption
 from heatbath import recipe as recipes
 from heatbath.compare_sections import Compare
 from heatbath.errors import BusyError, HeatbathError, RecipeError, RunError
@@ -319,7 +320,7 @@ def _why(cell: Cell, code: int | None) -> str:
 
 def run_cell(path: str, cell: Cell, siblings: Sequence[Path], slot: int, jobs: int, shift: bool) -> None:
     """One cell, in a process of its own: what it says goes to its log. Ends the process."""
-    signal.signal(signal.SIGTERM, _stop)
+    interruption.listen()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells all; the parent then ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     cell.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -399,7 +400,3 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt
