@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 10000
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-slow test-verl check docs format clean
+.PHONY: demo test test-thorough test-slow test-verl check docs format clean
 
 demo: $(READY)
 	@test ! -e $(OUT)/report.html || { echo "$(OUT) holds a finished run: open $(OUT)/report.html, or make demo OUT=$(OUT)-2"; exit 1; }
@@ -24,6 +24,10 @@ demo: $(READY)
 test: $(READY_DEV)
 	@sh tests/system-packages.sh
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-thorough: $(READY_DEV)
+	@sh tests/system-packages.sh
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "thorough and not slow and not gpu"
 
 test-slow: $(READY_DEV)
 	@sh tests/system-packages.sh
@@ -37,7 +41,7 @@ check: $(READY_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_surface.py tests/test_recipes.py tests/test_docs.py
+	$(BIN)/python -m pytest -m "not slow and not gpu" tests/test_surface.py tests/test_recipes.py tests/test_docs.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs: $(READY_DEV)

@@ -268,6 +268,7 @@ def fill_in_a_process(root: Path, pace: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.thorough
 def test_a_fill_killed_in_the_middle_goes_on_where_it_was(tmp_path: Path) -> None:
     process = fill_in_a_process(tmp_path / "killed", "slow")
     deadline = time.monotonic() + 120

@@ -42,6 +42,7 @@ def test_make_targets_exist(line: str) -> None:
     assert targets and set(targets) <= set(MAKE_TARGETS)
 
 
+@pytest.mark.thorough
 def test_commands_run_in_the_order_given(workspace: Path, small_base: Path, tiny_base: str) -> None:
     lines = [line for line in SHELL if not line.startswith(("make", ". "))]
     assert lines, "the README shows no command"

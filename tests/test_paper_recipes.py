@@ -254,6 +254,7 @@ def _planned(name: str, given: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "strategy"), [(QWEN, "gift"), (LLAMA, "gift"), (QWEN, "direct-sft"), (LLAMA, "relift")]
 )
+@pytest.mark.thorough
 def test_a_row_passes_the_dry_run(
     name: str, strategy: str, backbones: dict[str, Path], pool: Path, benchmarks: Path
 ) -> None:

@@ -153,6 +153,7 @@ def test_recipes_travel_with_the_package() -> None:
 def test_a_recipe_is_copied_once_and_never_over_a_file(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert recipes.copy("smoke") == Path("smoke.toml") and load("smoke.toml") == load(shipped()["smoke"])
+    assert recipes.copy("fsdp2") == Path("fsdp2.yaml") and "fsdp_version: 2" in Path("fsdp2.yaml").read_text()
     assert recipes.copy("demo.toml", tmp_path / "mine.toml") == tmp_path / "mine.toml"
     (tmp_path / "smoke.toml").write_text("mine")
     for to in (None, tmp_path, tmp_path / "smoke.toml"):

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from heatbath import cli_stages, cli_measures  # noqa: F401, I001 - their verbs, in this order
-from heatbath import interruption
+from heatbath import interruption, ranks
 from heatbath.cli_options import Json, app
 from heatbath.errors import HeatbathError, RecipeError, RunError
 from heatbath.terminal import echo, printable
@@ -31,7 +31,7 @@ from heatbath.terminal import echo, printable
 @app.command()
 def recipes(
     action: Annotated[str, typer.Argument(help="list, or copy NAME [TO].")] = "list",
-    name: Annotated[str | None, typer.Argument(help="The recipe to copy.")] = None,
+    name: Annotated[str | None, typer.Argument(help="The recipe to copy, or ddp, fsdp2, zero2.")] = None,
     to: Annotated[Path | None, typer.Argument(help="File or folder; default the working folder.")] = None,
     policies: Annotated[bool, typer.Option("--policies", help="List the RL policies and preference methods.")] = False,
     tasks: Annotated[bool, typer.Option("--tasks", help="List the tasks that an evaluation may ask.")] = False,
@@ -90,6 +90,10 @@ def main() -> None:
             logging.getLogger("heatbath").error("failed\n%s", printable(traceback.format_exc()))
         echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        if not ranks.lost(error):
+            raise
+        sys.exit(1)  # that process, or who started it, says why
     except OSError as error:
         free = shutil.disk_usage(Path.cwd()).free
         where = f"{error.filename or 'the file system'} ({free >> 20} MiB free)"

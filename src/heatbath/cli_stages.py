@@ -193,6 +193,8 @@ def _show_plan(asked: _Asked, json: bool) -> None:
     from heatbath.stages import plan
 
     arguments = [a for a in sys.argv[1:] if a not in ("--dry-run", "--json")]
+    if not ranks.first():  # of processes that somebody else has started
+        return
     found = plan.plan(asked.recipe, asked.stages, arguments, asked.launch)
     found["folder"] = plan.folder_line(asked.folder, asked.recipe, asked.stages, asked.how, asked.whole)
     if asked.stage == ON_VERL:

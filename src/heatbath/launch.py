@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 import psutil
+import yaml
 
 from heatbath import ranks
 from heatbath.errors import RecipeError
@@ -25,6 +26,7 @@ from heatbath.recipe import Recipe, shipped_folder
 OPTIONS = ("--gpus", "--nodes", "--sharding")
 ACCELERATE, TORCHRUN = ("accelerate", "launch"), ("torchrun",)
 PORT = "29500"  # torchrun's own default
+KINDS = {"NO": "ddp", "MULTI_GPU": "ddp", "FSDP": "fsdp2", "DEEPSPEED": "zero2"}
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,31 @@ class Launch:
         """Whether a launcher is needed."""
         return self.processes > 1 or self.sharding != "ddp"
 
+    @property
+    def kind(self) -> str:
+        """How the weights are laid out: "ddp", "fsdp2" or "zero2"."""
+        return kind_of(configuration(self.sharding))
+
+    def require_recipe(self, recipe: Recipe, stages: Sequence[str]) -> None:
+        """Raises RecipeError where the recipe or its stages do not go with so many processes, on any machine."""
+        kind = self.kind
+        if recipe.lora is not None and kind == "fsdp2":
+            raise RecipeError(
+                "adapters of sharded weights cannot be merged yet",
+                "--sharding",
+                "leave it out: with [lora] gradients and optimizer are small, and the base needs no second copy",
+            )
+        if kind == "fsdp2" and "sft" in stages and recipe.sft is not None and recipe.sft.objective.name == "psft":
+            raise RecipeError("psft keeps no old policy of sharded weights", "sft.objective", "train it under DDP")
+        if kind != "ddp" and "rl" in stages and recipe.rl is not None and recipe.rl.policy.name == "relift":
+            raise RecipeError("ReLIFT's second optimizer is not sharded", "rl.policy", "train it under DDP")
+        require_shares(recipe, stages, self.processes)
+
     def require(self, recipe: Recipe, stages: Sequence[str]) -> None:
         """Raises RecipeError where this machine, the recipe or its stages do not go with so many processes."""
         import torch
 
+        self.require_recipe(recipe, stages)
         if self.sharding != "ddp" and not torch.cuda.is_available():
             raise RecipeError(
                 "accelerate shards weights on GPUs only; on a CPU it would run DDP without a word",
@@ -73,13 +96,12 @@ class Launch:
                 "--nodes",
                 "export MASTER_ADDR=<host of the first machine> on each (docs/scale.md has it for SLURM and Ray)",
             )
-        if recipe.lora is not None and self.sharding not in ("ddp", "zero2"):
+        if self.nodes > 1 and node() is None:
             raise RecipeError(
-                "adapters of sharded weights cannot be merged yet",
-                "--sharding",
-                "leave it out: with [lora] gradients and optimizer are small, and the base needs no second copy",
+                "several machines need to be told apart",
+                "--nodes",
+                "export NODE_RANK=0 on the first, 1 on the next, … (SLURM does it itself; docs/scale.md)",
             )
-        require_shares(recipe, stages, self.processes)
 
     def require_started(self, recipe: Recipe, stages: Sequence[str]) -> None:
         """Raises RecipeError where processes that somebody else has started are not those that are asked for here."""
@@ -103,7 +125,7 @@ class Launch:
             if self.nodes == 1:
                 line += ["--main_process_port", "0"]  # a free one
             else:
-                line += ["--machine_rank", str(node()), "--rdzv_backend", "c10d"]
+                line += ["--machine_rank", str(node() or 0), "--rdzv_backend", "c10d"]
                 line += ["--main_process_ip", host, "--main_process_port", port]
             return [*line, "-m", "heatbath", *own]
         line = [*TORCHRUN, "--nproc-per-node", str(self.gpus)]
@@ -120,9 +142,7 @@ class Launch:
 
         line = self.command(arguments, gpu=torch.cuda.is_available())
         say(f"starting {self.gpus} processes{' on this machine' * (self.nodes > 1)}: {shlex.join(line)}")
-        for tool, module in ((ACCELERATE, "accelerate.commands.launch"), (TORCHRUN, "torch.distributed.run")):
-            if tuple(line[: len(tool)]) == tool:  # that of this very Python
-                line[: len(tool)] = [sys.executable, "-m", module]
+        line = [sys.executable, "-m", "heatbath.starting", *line]  # the launcher of this very Python
         environment = os.environ | {ranks.LAUNCHED: str(self.processes)}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.gpus)))
         with _Interruptible(line, environment) as started:
@@ -147,7 +167,7 @@ class _Interruptible:
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.interrupted = True
         told = False
-        for child in psutil.Process(self.process.pid).children():
+        for child in psutil.Process(self.process.pid).children(recursive=True):
             with suppress(psutil.Error):
                 if "RANK" in child.environ():
                     child.send_signal(signal.SIGTERM)
@@ -192,9 +212,10 @@ def evaluates_alone(recipe: Recipe) -> bool:
     return recipe.eval.engine == "vllm"
 
 
-def node() -> int:
-    """This machine's number among several, as SLURM or the user says."""
-    return int(os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID", "0")))
+def node() -> int | None:
+    """This machine's number among several, as the user or SLURM says."""
+    said = os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID"))
+    return None if said is None else int(said)
 
 
 def configuration(sharding: str) -> Path:
@@ -205,6 +226,27 @@ def configuration(sharding: str) -> Path:
         return given
     known = ", ".join(sorted(path.stem for path in named.parent.glob("*.yaml")))
     raise RecipeError(f"no configuration is called '{sharding}'", "--sharding", f"{known}, or a file of accelerate's")
+
+
+def kind_of(path: Path) -> str:
+    """How a configuration of accelerate lays out the weights: "ddp", "fsdp2" or "zero2". Raises RecipeError where it
+    does so in another way, or is none."""
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        kind = KINDS[read["distributed_type"]]
+        sharded = read.get("fsdp_config") or {}
+        stage = int((read.get("deepspeed_config") or {}).get("zero_stage", 2))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, AttributeError, KeyError, ValueError):
+        raise RecipeError(
+            f"no configuration of accelerate for {', '.join(KINDS)}", f"--sharding {path}", "accelerate config"
+        ) from None
+    if kind == "zero2" and stage == 3:
+        raise RecipeError(
+            "ZeRO-3 shards the head, which the engine reads as a whole", f"--sharding {path}", "zero_stage: 2, or fsdp2"
+        )
+    if kind == "fsdp2" and int(sharded.get("fsdp_version", 1)) != 2:
+        raise RecipeError("FSDP1 is not covered", f"--sharding {path}", "fsdp_version: 2 under fsdp_config")
+    return kind
 
 
 def without_options(arguments: Sequence[str]) -> list[str]:

@@ -65,6 +65,16 @@ def join() -> None:
         torch.distributed.init_process_group(backend, timeout=PATIENCE)
 
 
+def lost(error: RuntimeError) -> bool:
+    """Whether an error says no more than that another process of this run is gone."""
+    if count() == 1:
+        return False
+    import torch
+
+    told = any(words in str(error) for words in ("closed by peer", "reset by peer"))  # gloo's
+    return told or isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistBackendError)
+
+
 def take_one_device(say: Callable[[str], None]) -> None:
     """Of a process alone: hides all GPUs but the first. transformers would lay a batch over all of them, which TRL
     refuses."""

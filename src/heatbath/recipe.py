@@ -189,8 +189,10 @@ def shipped() -> dict[str, Path]:
 
 
 def copy(name: str, to: Path | None = None) -> Path:
-    """Copies a shipped recipe to `to` (default: its name in the working folder). Raises RecipeError if that exists."""
-    source = shipped().get(name.removesuffix(".toml")) or find(name)
+    """Copies a shipped recipe, or a configuration of the launcher (`fsdp2`), to `to` (default: its name in the working
+    folder). Raises RecipeError if that exists."""
+    launcher = {path.stem: path for path in (shipped_folder() / "launch").glob("*.yaml")}
+    source = shipped().get(name.removesuffix(".toml")) or launcher.get(name.removesuffix(".yaml")) or find(name)
     target = to if to is not None else Path(source.name)
     target = target / source.name if target.is_dir() else target
     if target.exists():

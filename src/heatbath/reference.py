@@ -50,6 +50,16 @@ class Reference(Protocol):
         ...
 
 
+def shard_layers(model: PreTrainedModel, root: torch.nn.Module, *units: torch.nn.Module, **how: Any) -> None:
+    """Spreads the weights of a frozen model over the processes: a unit for each layer, those that are named, and
+    `root`, which is called, with the rest. `how` goes to `fully_shard`."""
+    from torch.distributed.fsdp import fully_shard
+
+    kinds = model._no_split_modules or ()
+    for unit in [*(m for m in root.modules() if type(m).__name__ in kinds), *units, root]:
+        fully_shard(unit, reshard_after_forward=True, **how)
+
+
 class FrozenBase:
     """A frozen copy of the base model, run beside the policy. Holds the model outside any module tree."""
 
@@ -57,19 +67,13 @@ class FrozenBase:
         self._model = [model.eval().requires_grad_(False)]
         self.transform = logit_transform(model)
 
-    def shard(self) -> None:
+    def shard(self, **how: Any) -> None:
         """Spreads the weights over the processes, as FSDP2 does with the policy's: each layer is gathered while it
-        works, the head where it is read."""
-        from torch.distributed.fsdp import fully_shard
-
+        works, the head where it is read. `how` goes to `fully_shard`."""
         model = self._model[0]
-        body, head = model.base_model, model.get_output_embeddings()
-        kinds = model._no_split_modules or ()
-        for layer in [m for m in body.modules() if type(m).__name__ in kinds]:
-            fully_shard(layer)
-        if head.weight is not model.get_input_embeddings().weight:
-            fully_shard(head)
-        fully_shard(body, reshard_after_forward=True)
+        head = model.get_output_embeddings()
+        own = [head] if head.weight is not model.get_input_embeddings().weight else []
+        shard_layers(model, model.base_model, *own, **how)
 
     @torch.no_grad()
     def hidden(self, **inputs: Tensor) -> Tensor:

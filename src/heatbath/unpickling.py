@@ -24,6 +24,7 @@ OF_THE_INDEX = (
     "torch.distributed.checkpoint.planner",
 )
 CONSTANTS = {("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout")}
+OF_ZERO = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_(model|optim)_states\.pt")
 CONSTANTS |= {(module, "PosixPath") for module in ("pathlib", "pathlib._local")}
 
 
@@ -80,14 +81,23 @@ def _require_numbers(path: Path) -> None:
     import torch
     from transformers.trainer_pt_utils import safe_globals
 
-    try:
-        with safe_globals():
+    of_zero = _of_deepspeed() if OF_ZERO.fullmatch(path.name) else []
+    with safe_globals(), torch.serialization.safe_globals(of_zero):
+        try:
             torch.load(path, weights_only=True, map_location="meta", mmap=True)
-    except RuntimeError as error:  # not in torch's own container: an older format, which cannot be mapped
-        if "mmap" not in str(error):
-            raise pickle.UnpicklingError(str(error)) from None
-        with safe_globals():
+        except RuntimeError as error:  # not in torch's own container: an older format, which cannot be mapped
+            if "mmap" not in str(error):
+                raise pickle.UnpicklingError(str(error)) from None
             torch.load(path, weights_only=True, map_location="cpu")
+
+
+def _of_deepspeed() -> list[type]:
+    """The classes of numbers in DeepSpeed's files. Raises ImportError where it is not installed."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 def _reason(said: str) -> str:

@@ -139,6 +139,7 @@ class Case:
     seconds: float  # of the undisturbed run
     said: list[dict[str, Any]] = field(default_factory=list)
     mounted: bool = False
+    heard: str = ""  # what the last process said
 
     @property
     def out(self) -> Path:
@@ -164,7 +165,7 @@ class Case:
         said = process.said()
         if code not in codes or "Traceback" in said or (code in (1, 2) and "error:" not in said):
             raise FaultError(f"ended with {code}, expected {codes}\n{said}")
-        self.last_words = said.strip().splitlines()[-3:]
+        self.heard = said
         return code
 
 
@@ -232,7 +233,8 @@ def full_disk(case: Case) -> str | None:
 
 
 def truncated_checkpoint(case: Case) -> str | None:
-    """A kill, and a file of the newest checkpoint that the disk has lost the end of."""
+    """A kill, and a file of the newest checkpoint that the disk has lost the end of: the next process says so where the
+    checkpoint had been complete, and goes on from the one before."""
     process = case.start()
     if not case.while_it_runs(process):
         return late(case, process)
@@ -241,9 +243,13 @@ def truncated_checkpoint(case: Case) -> str | None:
     found = sorted(case.out.glob("checkpoints/.*/checkpoint-*"), key=lambda p: p.stat().st_mtime)
     if not found:
         return "killed, with no checkpoint to damage"
+    complete = (found[-1] / "complete").is_file()
     file = case.draw.choice(sorted(p for p in found[-1].rglob("*") if p.is_file() and p.stat().st_size))
     os.truncate(file, case.draw.randrange(file.stat().st_size))
-    return f"truncated {file.name}"
+    case.ended(case.start(), 0)
+    if complete and "damaged" not in case.heard and f"{found[-1].parent.name[1:]}: finished before" not in case.heard:
+        raise FaultError(f"{file} was truncated, and nobody said so\n{case.heard}")
+    return f"truncated {file.name}, ended with 0"
 
 
 def truncated_policy(case: Case) -> str | None:

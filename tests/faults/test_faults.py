@@ -6,6 +6,8 @@ from pathlib import Path
 import campaign
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 FAULTS = 4  # of each recipe at least: 20 in all
 
 

@@ -208,7 +208,7 @@ def test_the_scripts_are_shell_and_name_no_python_of_this_machine(written) -> No
         assert sys.executable not in (made.folder / name).read_text()
 
 
-def test_a_dry_run_shows_the_configuration_and_writes_nothing(small_base: Path, tmp_path: Path, capsys) -> None:
+def test_a_dry_run_shows_the_configuration_and_writes_nothing(small_base: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text("\n".join(recipes.as_toml(recipes.parse(table(small_base))).splitlines()))
     code, said = call(tmp_path, "rl r.toml --engine verl --dry-run")
@@ -216,6 +216,9 @@ def test_a_dry_run_shows_the_configuration_and_writes_nothing(small_base: Path, 
     assert not (tmp_path / "runs").exists()
     code, said = call(tmp_path, "rl r.toml --engine ray")
     assert code == 2 and "no engine is called 'ray'" in said
+    shown = files.planned(Run(tmp_path / "runs" / "r", recipes.load(recipe)), recipes.load(recipe))["verl"]
+    assert "adv_estimator" in shown and "-m verl.trainer.main_ppo --config-path" in shown
+    assert not (tmp_path / "runs").exists()
 
 
 def test_verls_last_checkpoint_becomes_the_policy(written, small_base: Path, tmp_path: Path, monkeypatch) -> None:

@@ -14,6 +14,8 @@ from heatbath.report.findings import Finding, Seen, find
 from heatbath.run import Run
 from heatbath.stages.pipeline import run_stage, stages_of
 
+pytestmark = pytest.mark.thorough
+
 QUIET = Progress(quiet=True)
 RL = {"prompts": 4, "update_prompts": 4, "group_size": 4, "micro_batch": 16, "max_steps": 10, "readiness": 0}
 SAMPLES = {"samples": 8, "k": [1, 8], "temperature": 1.0}

@@ -150,6 +150,7 @@ def test_examples_are_the_first_and_not_chosen() -> None:
 
 
 @pytest.mark.parametrize(("length", "policies"), [(1_000, 1), (9_000, 3)])
+@pytest.mark.thorough
 def test_four_runs_of_500_samples_stay_below_three_megabytes(length: int, policies: int, tmp_path: Path) -> None:
     """500 samples of each policy, no two alike: those of one policy are all there."""
 

@@ -5,6 +5,7 @@ As a program it is one rank of the first kind: `torchrun --nproc-per-node 2 shar
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import torch
@@ -20,13 +21,15 @@ from heatbath.ideas.gift import Gift  # noqa: E402
 from heatbath.ideas.policy import policy  # noqa: E402
 from heatbath.ideas.surrogates import Counts, Rows  # noqa: E402
 from heatbath.reference import AdaptersOff, FrozenBase  # noqa: E402
+from heatbath.stages.fixed_policies import FixedPolicies  # noqa: E402
 from heatbath.stages.fused_forward import add_objective_forward  # noqa: E402
+from heatbath.stages.sharding import gathered_weights  # noqa: E402
 from heatbath.stages.training import RowCollator  # noqa: E402
 
 # What is sharded beside the policy, or how it is trained.
 GIFT = ("plain", "own_head", "base", "checkpointed", "kept", "adapters")
-RL = ("rl_paper", "rl_grpo", "rl_cispo", "rl_gspo")
-HYPER = {"rl_grpo": {"kl": 0.05}}
+RL = ("rl_paper", "rl_grpo", "rl_cispo", "rl_gspo", "rl_frozen", "rl_sampled")
+HYPER = {"rl_grpo": {"kl": 0.05}, "rl_frozen": {"name": "grpo", "kl": 0.05}, "rl_sampled": {"name": "paper"}}
 
 
 def gradient(mode: str, world: int) -> dict[str, torch.Tensor]:
@@ -48,9 +51,14 @@ def gradient(mode: str, world: int) -> dict[str, torch.Tensor]:
         shard(model, inner, own_head=mode == "own_head", kept=mode == "kept")
         if mode == "base":
             base.shard()
+    if mode == "rl_sampled":
+        sample(model, world)
     rows = [{"input_ids": r.input_ids, "labels": r.labels} for r in demonstrations(8)]
     batch = RowCollator(1)(rows[ranks.rank() if world > 1 else 0 :: world])
-    loss = surrogate(model, batch, mode, rows) if mode in RL else objective(model, base, batch, rows)
+    fixed = FixedPolicies(model, small_model(1).double(), None)
+    if world > 1:
+        fixed.shard()
+    loss = surrogate(model, batch, mode, rows, fixed) if mode in RL else objective(model, base, batch, rows)
     (loss * world).backward()  # FSDP averages over the ranks
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in found.items()}
@@ -71,9 +79,20 @@ def objective(model: torch.nn.Module, base, batch: dict, rows: list) -> torch.Te
     return model(**batch, objective=Gift(BETA), reference=base)["loss"] / tokens
 
 
-def surrogate(model: torch.nn.Module, batch: dict, mode: str, rows: list) -> torch.Tensor:
-    """The policy's loss on the rows as completions, with advantages, old and reference log-probabilities by number."""
-    goal = policy(mode.removeprefix("rl_"), **HYPER.get(mode, {})).at_length(64)
+@torch.no_grad()
+def sample(model: torch.nn.Module, world: int) -> None:
+    """Calls the model as often as this process has tokens: more often in the second one."""
+    plugin = SimpleNamespace(fsdp_plugin=SimpleNamespace(reshard_after_forward=True))
+    ids = torch.arange(6)[None] + 2
+    with gathered_weights(model, SimpleNamespace(is_fsdp2=world > 1, state=plugin)):
+        for _ in range(2 + 3 * ranks.rank()):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+
+
+def surrogate(model: torch.nn.Module, batch: dict, mode: str, rows: list, fixed: FixedPolicies) -> torch.Tensor:
+    """The policy's loss on the rows as completions, with advantages, old and reference log-probabilities by number;
+    with a frozen policy ("rl_frozen") the reference's are its own."""
+    goal = policy(**{"name": mode.removeprefix("rl_"), **HYPER.get(mode, {})}).at_length(64)
     numbers = range(ranks.rank(), 8, 2) if ranks.count() > 1 else range(8)
     scored = batch["labels"][:, 1:] != IGNORE
     found = model(**batch, statistics=("logp", "entropy"))
@@ -81,11 +100,16 @@ def surrogate(model: torch.nn.Module, batch: dict, mode: str, rows: list) -> tor
     at = torch.arange(scored.shape[1]) - scored.long().argmax(1)[:, None]  # counted from the first completion token
     shift = 0.2 * torch.sin(torch.tensor([[float(i)] for i in numbers]) + at) * scored
     advantage = torch.tensor([(-1.0) ** i * (1 + i / 4) for i in numbers], dtype=torch.float64)
+    reference = logp.detach() - shift
+    if mode == "rl_frozen":
+        with fixed.model_of("init") as init:
+            known = init(**batch, statistics=("logp",))["logp"].detach()
+            reference = known.new_zeros(scored.shape).masked_scatter(scored, known)
     part = Rows(
         mask=scored.double(),
         advantage=advantage,
         old_logp=logp.detach() + shift,
-        ref_logp=logp.detach() - shift,
+        ref_logp=reference,
         entropy=entropy,
         expert=None,
         correction=None,

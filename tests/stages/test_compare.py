@@ -19,6 +19,8 @@ from heatbath.recipe import comparison
 from heatbath.stages.compare import Comparison, listed
 from mistakes import call
 
+pytestmark = pytest.mark.thorough
+
 RECIPE = """
 model = "{base}"
 precision = "fp32"

@@ -249,6 +249,7 @@ def test_rescoring_samples_nothing_and_knows_every_exam(small_base: Path, task: 
     assert [row["status"] for row in run.samples()] == [row["status"] for row in rows]
 
 
+@pytest.mark.thorough
 def test_an_evaluation_killed_anywhere_loses_at_most_the_batch_in_flight(small_base: Path, tmp_path: Path) -> None:
     """Killed with -9 again and again; in the end the samples are those of an evaluation that nobody killed."""
     made = recipe(small_base, [], own=40, samples=3, k=[1], max_new_tokens=60)

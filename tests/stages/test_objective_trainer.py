@@ -105,6 +105,7 @@ def literal(goal) -> dict:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.thorough
 def test_every_objective_through_the_trainer_is_its_dense_self(tmp_path: Path, name: str) -> None:
     """Whole, accumulated and packed, with its columns: the gradient of the optimizer step is one and the same."""
     goal = objective(name, **HYPER.get(name, {}))

@@ -314,6 +314,7 @@ max_new_tokens = 4
 """
 
 
+@pytest.mark.thorough
 def test_the_command_runs_from_the_warm_start_to_the_report(small_base: Path, tmp_path: Path, capsys) -> None:
     written(tmp_path, PAIRS)
     (tmp_path / "r.toml").write_text(RECIPE.format(base=small_base))
@@ -418,6 +419,7 @@ def test_the_policy_final_belongs_to_the_stage_that_the_recipe_has(small_base: P
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_shipped_recipe_runs_with_both_methods(tiny_base: str, tmp_path: Path) -> None:
     for more in ("", "preference.method=una preference.data=sums-labelled"):
         code, said = call(tmp_path, f"run preference-tiny eval.samples=1 eval.k=[1] {more} --fresh")

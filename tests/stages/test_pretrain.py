@@ -61,6 +61,7 @@ def test_a_base_is_made_once_and_its_content_names_it(tmp_path: Path, monkeypatc
     assert len({folder(), *others}) >= 5 and folder() not in others - {folder("precision=fp32")}
 
 
+@pytest.mark.thorough
 def test_made_again_it_is_the_same_bit_for_bit(tmp_path: Path, monkeypatch) -> None:
     recipe, found = recipes.load("base-tiny", SMALLER), []
     for name in ("a", "b"):

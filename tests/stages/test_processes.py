@@ -9,15 +9,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import whole_stages
 from safetensors.torch import load_file
 
-from heatbath import ranks
-from heatbath.errors import RunError
+from heatbath import cli, ranks
+from heatbath import recipe as recipes
+from heatbath.errors import RecipeError, RunError
 from heatbath.launch import Launch
 from heatbath.recipe import as_toml
 from heatbath.run import Run
+from heatbath.stages import pipeline
 from mistakes import call
+
+pytestmark = pytest.mark.thorough
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +32,36 @@ def both(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     kept: list = []
     whole_stages.run_all(folder / "one", str(small_base), kept)
     (folder / "completions.json").write_text(json.dumps(kept))
+    two_processes(folder / "two", small_base, folder / "completions.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(both: Path, small_base: Path) -> Path:
+    """`both`, with what two processes that share the weights leave in `fsdp2`."""
+    two_processes(both / "fsdp2", small_base, both / "completions.json", "fsdp2")
+    return both
+
+
+@pytest.fixture(scope="module")
+def shared_by_deepspeed(both: Path, small_base: Path) -> Path:
+    """`both`, with what two processes of DeepSpeed leave in `zero2`."""
+    pytest.importorskip("deepspeed", reason="pip install deepspeed: it compiles itself")
+    two_processes(both / "zero2", small_base, both / "completions.json", "zero2")
+    return both
+
+
+def two_processes(folder: Path, base: Path, completions: Path, *how: str) -> None:
     script = Path(whole_stages.__file__)
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(
-        [*line, str(folder / "two"), str(small_base), str(folder / "completions.json")],
+        [*line, str(folder), str(base), str(completions), *how],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])},
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder
 
 
 def curve(folder: Path, stage: str, name: str) -> list[float]:
@@ -52,25 +76,51 @@ def moved(one: Path, two: Path) -> float:
     return max(float((ours[n] - theirs[n]).abs().max() / ours[n].abs().max()) for n in ours)
 
 
-@pytest.mark.parametrize("name", whole_stages.STARTS)
-def test_two_processes_give_the_curve_of_one(both: Path, name: str) -> None:
-    """Loss, NLL, validation and gradient norm of 20 steps to 5 digits, under every place the base's view comes from."""
+def assert_same_start(folder: Path, other: str, name: str) -> None:
     for measure, count in (("objective", 20), ("nll", 20), ("val/nll", 11), ("grad_norm", 20)):
-        one, two = (curve(both / n / name, "sft", measure) for n in ("one", "two"))
+        one, two = (curve(folder / n / name, "sft", measure) for n in ("one", other))
         assert len(one) == count
         assert two == pytest.approx(one, rel=1e-5), measure
     assert one[-1] != pytest.approx(one[0], rel=0.1), "nothing was learned"
-    assert moved(*(both / n / name / "checkpoints" / "init" for n in ("one", "two"))) < 1e-4
+    assert moved(*(folder / n / name / "checkpoints" / "init" for n in ("one", other))) < 1e-4
+
+
+def assert_same_rl(folder: Path, other: str) -> None:
+    for measure in ("reward", "entropy", "kl_init", "grad_norm"):
+        one, two = (curve(folder / n / "rl", "rl", measure) for n in ("one", other))
+        assert len(one) == whole_stages.STEPS
+        assert two == pytest.approx(one, rel=1e-5, abs=1e-9), measure
+    assert any(curve(folder / "one" / "rl", "rl", "grad_norm")), "no group taught anything"
+    assert moved(*(folder / n / "rl" / "checkpoints" / "final" for n in ("one", other))) < 1e-4
+
+
+@pytest.mark.parametrize("name", whole_stages.STARTS)
+def test_two_processes_give_the_curve_of_one(both: Path, name: str) -> None:
+    """Loss, NLL, validation and gradient norm of 20 steps to 5 digits, under every place the base's view comes from."""
+    assert_same_start(both, "two", name)
 
 
 def test_two_processes_give_the_curve_of_one_in_rl(both: Path) -> None:
     """GRPO on the same completions, 20 steps of 4 groups shared by the ranks."""
-    for measure in ("reward", "entropy", "kl_init", "grad_norm"):
-        one, two = (curve(both / n / "rl", "rl", measure) for n in ("one", "two"))
-        assert len(one) == whole_stages.STEPS
-        assert two == pytest.approx(one, rel=1e-5, abs=1e-9), measure
-    assert any(curve(both / "one" / "rl", "rl", "grad_norm")), "no group taught anything"
-    assert moved(*(both / n / "rl" / "checkpoints" / "final" for n in ("one", "two"))) < 1e-4
+    assert_same_rl(both, "two")
+
+
+@pytest.mark.parametrize("name", whole_stages.SHARDED)
+def test_weights_that_processes_share_give_the_curve_of_one(shared: Path, name: str) -> None:
+    """The same under accelerate's FSDP2: weights, gradients, optimizer and the base beside them in two parts."""
+    assert_same_start(shared, "fsdp2", name)
+
+
+def test_weights_that_processes_share_give_the_curve_of_one_in_rl(shared: Path) -> None:
+    assert_same_rl(shared, "fsdp2")
+
+
+@pytest.mark.slow
+def test_deepspeed_gives_the_curve_of_one_process(shared_by_deepspeed: Path) -> None:
+    """ZeRO-2, gradients and optimizer in two parts, through every start and RL."""
+    for name in whole_stages.SHARDED:
+        assert_same_start(shared_by_deepspeed, "zero2", name)
+    assert_same_rl(shared_by_deepspeed, "zero2")
 
 
 def test_two_processes_share_an_evaluation(both: Path) -> None:
@@ -141,7 +191,7 @@ def test_accelerate_makes_of_a_shipped_file_what_its_name_says(sharding: str) ->
         (("--gpus", "3"), "sft.batch=16", "sft.batch"),
         (("--gpus", "2"), "sft.batch=12 sft.micro_batch=4", "sft.micro_batch"),
         (("--gpus", "2", "--sharding", "fsdp2"), "", "--sharding"),
-        (("--gpus", "2", "--nodes", "2"), "", "--nodes"),
+        (("--gpus", "2", "--nodes", "2"), "", "MASTER_ADDR"),
         (("--gpus", "0"), "", "--gpus"),
     ],
 )
@@ -155,6 +205,78 @@ def test_what_does_not_fit_is_said_before_anything_starts(
     assert code == 2 and where in said and not (tmp_path / "x" / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3}", "ZeRO-3"),
+        ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}", "FSDP1"),
+        ("distributed_type: MEGATRON_LM", "no configuration"),
+        ("- a list", "no configuration"),
+        ("{", "no configuration"),
+    ],
+)
+def test_what_a_configuration_of_ones_own_may_not_ask_for(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=said):
+        Launch(8, 1, str(tmp_path / "own.yaml")).require_recipe(whole_stages.warm_start("sft", "tiny"), ("sft",))
+
+
+@pytest.mark.parametrize(
+    ("table", "where"),
+    [
+        ({"sft": {"objective": "psft"}}, "sft.objective"),
+        ({"rl": {"policy": "relift"}}, "rl.policy"),
+        ({"lora": {"rank": 4}}, "--sharding"),
+    ],
+)
+def test_what_sharded_weights_cannot_do_is_said_on_any_machine(table: dict, where: str) -> None:
+    recipe = recipes.parse({"model": "tiny", "data": {"source": "arithmetic"}, **table})
+    with pytest.raises(RecipeError) as error:
+        Launch(8, 1, "fsdp2").require_recipe(recipe, ("sft", "rl"))
+    assert where in str(error.value)
+
+
+def test_machines_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them with the number 0 would both evaluate, and write the same files."""
+    recipe = whole_stages.warm_start("sft", "tiny")
+    monkeypatch.setenv("MASTER_ADDR", "head")
+    for name in ("NODE_RANK", "SLURM_NODEID"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RecipeError, match="NODE_RANK"):
+        Launch(2, 2).require(recipe, ("sft",))
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    Launch(2, 2).require(recipe, ("sft",))
+
+
+def test_the_processes_see_every_gpu(tmp_path: Path, small_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with two GPUs one process takes the first, and the launcher leaves both to its processes."""
+    started: list[str | None] = []
+
+    def run(self: Launch, arguments: list[str], say: object) -> int:
+        started.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return 0
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(Launch, "run", run)
+    monkeypatch.setattr(pipeline, "check", lambda *_: (None, None))  # which would go to a GPU
+    recipe = whole_stages.warm_start("sft", str(small_base))
+    (tmp_path / "r.toml").write_text(as_toml(recipe))
+    monkeypatch.setattr(sys, "argv", ["heatbath", "sft", "r.toml", "--gpus", "2", "--sharding", "fsdp2"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert (end.value.code, started) == (0, [None])
+    monkeypatch.setattr(sys, "argv", ["heatbath", "sft", "r.toml", "--gpus", "3"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert (end.value.code, started) == (2, [None]), "three are asked for and two visible"
+    ranks.take_one_device(lambda text: None)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+
+
 def test_a_launcher_that_starts_fewer_is_not_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate's launcher starts one process on a CPU, whatever is asked for."""
     monkeypatch.setenv(ranks.LAUNCHED, "2")
@@ -162,20 +284,28 @@ def test_a_launcher_that_starts_fewer_is_not_obeyed(monkeypatch: pytest.MonkeyPa
         ranks.join()
 
 
-def test_a_run_of_two_that_loses_one_resumes_where_it_was(both: Path, small_base: Path, tmp_path: Path) -> None:
-    """`heatbath sft --gpus 2`; one rank is killed with -9: the launcher ends with 1, nothing half is left, and the
-    resumed run ends in the weights of the uninterrupted one."""
+@pytest.mark.parametrize("fault", ["a process is killed", "the launcher is told to end"])
+def test_a_run_of_two_that_is_stopped_resumes_where_it_was(
+    both: Path, small_base: Path, tmp_path: Path, fault: str
+) -> None:
+    """`heatbath sft --gpus 2`; one rank is killed with -9, or a scheduler ends the command: one line says so, nothing
+    half is left, and the resumed run ends in the weights of the uninterrupted one."""
     recipe = whole_stages.warm_start("sft", str(small_base))
     (tmp_path / "r.toml").write_text(as_toml(recipe).replace("save_every = 0", "save_every = 4"))
     line = [sys.executable, "-m", "heatbath", "sft", "r.toml", "--gpus", "2", "--out", "x"]
     settings = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.PIPE, "text": True}
     started = subprocess.Popen(line, **settings)
     log, deadline = tmp_path / "x" / "metrics.jsonl", time.monotonic() + 240
-    while started.poll() is None and time.monotonic() < deadline and not (log.exists() and len(log.read_text()) > 4000):
+    while started.poll() is None and time.monotonic() < deadline and not (log.exists() and len(log.read_text()) > 3000):
         time.sleep(0.01)
-    os.kill(_ranks_of(started.pid)[1], signal.SIGKILL)
+    if killed := fault == "a process is killed":
+        os.kill(_ranks_of(started.pid)[1], signal.SIGKILL)
+    else:
+        started.terminate()
     said = started.communicate(timeout=120)[1]
-    assert started.returncode == 1, said
+    assert started.returncode == (1 if killed else 130), said
+    assert said.count("error: process 1 was killed by SIGKILL" if killed else "interrupted; --resume") == 1
+    assert "Traceback" not in said
     assert not (tmp_path / "x" / "checkpoints" / "init").exists()
     done = subprocess.run([*line, "--resume"], timeout=240, check=False, **settings)
     assert done.returncode == 0 and "going on after step" in done.stderr, done.stderr

@@ -20,6 +20,8 @@ from heatbath.stages.rl import run_rl
 from heatbath.stages.sft import run_sft
 from mistakes import call
 
+pytestmark = pytest.mark.thorough
+
 RECIPE = """
 model = "tiny"
 [data]

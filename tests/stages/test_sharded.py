@@ -9,6 +9,8 @@ import pytest
 import sharded
 import torch
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -240,6 +240,7 @@ def test_in_16_bits_the_models_are_the_runs_own(dtype: str, runs: Path) -> None:
     assert a == pytest.approx(b, rel=0.1)
 
 
+@pytest.mark.thorough
 def test_two_models_in_memory_at_most(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Any]] = []
     real = shift.load_model

@@ -13,6 +13,8 @@ import pytest
 
 import heatbath
 
+pytestmark = pytest.mark.thorough
+
 STAND_IN = Path(__file__).parents[1] / "vllm_stand_in"
 RECIPE = """\
 model = "./base"

@@ -1,12 +1,16 @@
 """Whole stages of real recipes, run by one process or by each of several: what they leave must not tell which.
 
-As a program it is one rank of the second kind: `torchrun --nproc-per-node 2 whole_stages.py FOLDER COMPLETIONS`.
+As a program it is one rank of the second kind: `torchrun --nproc-per-node 2 whole_stages.py FOLDER BASE COMPLETIONS`,
+with `fsdp2` or `zero2` behind it one of those that share the weights, or gradients and optimizer, too.
 """
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import sharding_on_cpu
 import torch
 
 from heatbath import ranks
@@ -28,6 +32,7 @@ STARTS = {
     "gift, surprise": {"objective": GIFT, "reference": "surprise"},
     "gift, lora": {"objective": GIFT},
 }
+SHARDED = ("sft", "gift, model", "gift, surprise")
 
 
 def warm_start(name: str, base: str) -> Recipe:
@@ -66,7 +71,8 @@ def reinforcement(base: str) -> Recipe:
     )
 
 
-def replayed(kept: list) -> None:
+@contextmanager
+def replayed(kept: list) -> Iterator[None]:
     """Completions of each generation are those in `kept`, [generation][row]; where it is empty they are sampled and
     put there. An answer to learn from is among them: each group's first row gets the gold solution."""
     sample, recording, seen = PolicyTrainer._generate_single_turn, not kept, iter(range(10**6))
@@ -89,12 +95,10 @@ def replayed(kept: list) -> None:
         PolicyTrainer._generate_single_turn = sample
 
 
-def run_all(folder: Path, base: str, kept: list) -> None:
-    """Every warm start with its evaluation, and RL on the completions kept (or, where there are none, its own)."""
-    from contextlib import contextmanager
-
+def run_all(folder: Path, base: str, kept: list, starts: Sequence[str] = tuple(STARTS)) -> None:
+    """Warm starts, one of them with its evaluation, and RL on the completions kept (where there are none, its own)."""
     quiet = Progress(quiet=True)
-    for name in STARTS:
+    for name in starts:
         recipe = warm_start(name, base)
         run = Run(folder / name, recipe).write()
         ranks.wait()
@@ -104,12 +108,14 @@ def run_all(folder: Path, base: str, kept: list) -> None:
     recipe = reinforcement(base)
     run = Run(folder / "rl", recipe).write()
     ranks.wait()
-    with contextmanager(replayed)(kept):
+    with replayed(kept):
         run_rl(run, recipe, quiet)
 
 
 if __name__ == "__main__":
+    if sharded := sys.argv[4:]:
+        sharding_on_cpu.allow(*sharded)
     ranks.join()
     completions = json.loads(Path(sys.argv[3]).read_text())
-    run_all(Path(sys.argv[1]), sys.argv[2], completions)
+    run_all(Path(sys.argv[1]), sys.argv[2], completions, SHARDED if sharded else tuple(STARTS))
     torch.distributed.destroy_process_group()

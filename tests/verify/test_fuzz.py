@@ -73,6 +73,7 @@ def test_numbers_of_any_two_values_compare_as_fractions_do(seed: int) -> None:
     assert (verdict(f"\\boxed{{{made.written(r, a)}}}", made.written(r, b)) == "right") == (a == b)
 
 
+@pytest.mark.thorough
 def test_the_pool_gives_every_fuzzed_text_a_verdict_in_time() -> None:
     from heatbath.verify.math import MathGrader
     from heatbath.verify.verdict import Status

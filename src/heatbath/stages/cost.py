@@ -18,11 +18,13 @@ PEAK = 989e12  # dense bf16 operations per second of an H200, NVIDIA's data shee
 TRAINING, SAMPLING = 0.4, 0.1  # of the peak; sampling waits for memory
 LARGE = 1_000_000_000  # parameters, above which a plan shows the cost
 FORWARD, BACKWARD = 2, 4  # operations per parameter and token
+CAPACITY = 141e9 / 2**30  # GiB of an H200
+FROZEN = ("base", "frozen start", "frozen base")
 # What every device holds only its part of.
 SHARDINGS = {
     "ddp": (),
     "zero2": ("gradients", "optimizer"),
-    "fsdp2": ("weights", "gradients", "optimizer", "head of the base", "old policy", "base"),
+    "fsdp2": ("weights", "gradients", "optimizer", *FROZEN),
 }
 CACHED = "sampling"  # keys and values; every device holds those of its share of the completions
 
@@ -94,6 +96,12 @@ def sharded(parts: Mapping[str, float], devices: int = DEVICES, sharding: str = 
     sampled; activations and logits are of each device's own micro-batch."""
     divided = (*SHARDINGS[sharding], CACHED)
     return {name: gib / devices if name in divided else gib for name, gib in parts.items()}
+
+
+def loading(parts: Mapping[str, float]) -> float:
+    """GiB on each device before FSDP2 shards what was loaded whole: the weights (as large as their gradients) and the
+    frozen models beside them."""
+    return parts["gradients"] + sum(parts.get(name, 0.0) for name in FROZEN)
 
 
 def summary(work: Mapping[str, Work]) -> dict[str, dict[str, float]]:

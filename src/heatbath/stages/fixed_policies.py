@@ -9,6 +9,7 @@ from typing import Any
 import peft
 from transformers import PreTrainedModel
 
+from heatbath.reference import shard_layers
 from heatbath.stages.fused_forward import add_objective_forward
 
 INIT = "init"  # the adapter that holds the start, where RL goes on training the warm start's own
@@ -28,6 +29,11 @@ class FixedPolicies:
                     self.models[name] = given.eval().requires_grad_(False).to(device)
             for one in {id(m): m for m in self.models.values()}.values():
                 add_objective_forward(one)
+
+    def shard(self, **how: Any) -> None:
+        """Spreads the frozen models over the processes, as FSDP2 does with the policy's weights."""
+        for one in {id(m): m for m in self.models.values()}.values():
+            shard_layers(one, one, **how)
 
     def has(self, name: str) -> bool:
         return name == "old" or self.adapters or name in self.models

@@ -47,21 +47,21 @@ def estimate(
         tokens = min(recipe.sft.micro_batch, recipe.sft.batch) * longest
         goal = objective(recipe.sft.objective.name, **recipe.sft.objective.hyper)
         beside = needs_reference(goal) and recipe.sft.reference == "model" and not recipe.lora
-        stages["sft"] = _parts(shape, trained, tokens, short, kind, frozen=beside)
+        stages["sft"] = _parts(shape, trained, tokens, short, kind, frozen="base" if beside else "")
         if needs_reference(goal) and recipe.sft.reference != "model":
             stages["sft"]["head of the base"] = round(4 * shape["V"] * shape["d"] / GIB, ROUND)
         if hasattr(goal, "refresh"):
             stages["sft"]["old policy"] = round(4 * trained / GIB, ROUND)
     if recipe.preference is not None:
         tokens = 2 * min(recipe.preference.micro_batch, recipe.preference.batch) * longest_preference
-        stages["preference"] = _parts(shape, trained, tokens, short, kind, frozen=not recipe.lora)
+        stages["preference"] = _parts(shape, trained, tokens, short, kind, frozen="" if recipe.lora else "frozen start")
     if recipe.rl is not None:
         width = longest_prompt + recipe.rl.max_new_tokens
         tokens = recipe.rl.micro_batch * width
-        stages["rl"] = _parts(shape, trained, tokens, short, kind, frozen=not recipe.lora)
+        stages["rl"] = _parts(shape, trained, tokens, short, kind, frozen="" if recipe.lora else "frozen start")
         method = policy(recipe.rl.policy.name, **recipe.rl.policy.hyper)
         if method.needs_reference and method.reference == "base" and recipe.sft and not recipe.lora:
-            stages["rl"]["base"] = round(4 * shape["parameters"] / GIB, ROUND)  # beside the frozen start
+            stages["rl"]["frozen base"] = round(4 * shape["parameters"] / GIB, ROUND)
         # The completions of a generation are sampled at once, into a cache of keys and values.
         rows = recipe.rl.prompts * recipe.rl.group_size
         cached = rows * width * shape["layers"] * 2 * shape["kv"]
@@ -70,11 +70,10 @@ def estimate(
 
 
 def _parts(
-    shape: dict[str, int], trained: int, tokens: int, short: bool, kind: str, *, frozen: bool
+    shape: dict[str, int], trained: int, tokens: int, short: bool, kind: str, *, frozen: str
 ) -> dict[str, float]:
-    """`frozen`: whether a second model stands beside the policy, with which it is compared."""
+    """`frozen`: what the model is called that stands beside the policy, with which it is compared, if there is one."""
     all_parameters = shape["parameters"]
-    copies = 2 if frozen else 1
     casts = 2 * all_parameters if short else 0  # 16-bit copies of the weights within a step
     width = 2 if short else 4
     # Kept for the backward pass of a layer: float32 around the two norms and the residuals (7 d), and at the width of
@@ -87,7 +86,8 @@ def _parts(
     # Of a chunk, policy and base: logits in the products' own width and what they are worked on in.
     logits = 2 * (4 + width) * min(tokens, chunk_tokens(shape["V"], kind)) * shape["V"]
     parts = {
-        "weights": 4 * all_parameters * copies + casts,
+        "weights": 4 * all_parameters + casts,
+        **({frozen: 4 * all_parameters} if frozen else {}),
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
         "activations": activations,

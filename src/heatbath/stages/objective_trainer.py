@@ -21,7 +21,8 @@ from heatbath.errors import RunError
 from heatbath.ideas.statistics import Objective
 from heatbath.reference import AdaptersOff, FrozenBase, Reference, require_same_vocabulary, segment_ids
 from heatbath.stages.fused_forward import add_objective_forward
-from heatbath.stages.training import CARRIED, RowCollator, float32_outputs, require_finite
+from heatbath.stages.sharding import as_sharded, float32_outputs
+from heatbath.stages.training import CARRIED, RowCollator, require_finite
 
 Reduction = Literal["token_mean", "sequence_sum", "microbatch_token_mean"]
 
@@ -63,7 +64,7 @@ class ObjectiveMixin:
             require_same_vocabulary(self.model, reference)
         float32_outputs(self)  # type: ignore[arg-type]
         if isinstance(reference, FrozenBase) and self.accelerator.is_fsdp2:
-            reference.shard()
+            reference.shard(**as_sharded(self.accelerator))
         self.objective, self.reference, self.reduction = objective, reference, reduction
         self._sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         self._validated: dict[str, float] = {}

@@ -14,7 +14,7 @@ from heatbath.data import checks, preferences, rendering
 from heatbath.data.rendering import Rendered
 from heatbath.data.rows import Splits
 from heatbath.errors import HeatbathError
-from heatbath.launch import Launch, require_shares
+from heatbath.launch import Launch
 from heatbath.opening import Opening, open_run
 from heatbath.ranks import micro_batches
 from heatbath.recipe import Recipe
@@ -28,7 +28,7 @@ def plan(recipe: Recipe, stages: tuple[str, ...], command: list[str], launch: La
     """What these stages would do, after reading the data, rendering the demonstrations and running every check.
     `command` is the command line without `--dry-run`, `launch` the processes it asks for. Nothing is trained and
     nothing written."""
-    require_shares(recipe, stages, launch.processes)
+    launch.require_recipe(recipe, stages)
     splits, tokenizer = pipeline.check(recipe, stages)
     out: dict[str, Any] = {
         "model": recipe.model or "made by [pretrain]",
@@ -62,7 +62,7 @@ def plan(recipe: Recipe, stages: tuple[str, ...], command: list[str], launch: La
     if (size := memory.parameters(recipe)) > cost.LARGE:
         on_gpus = memory.estimate(recipe, longest, longest_prompt, longest_preference, gpu=True)
         out["cost"] = {
-            "devices": cost.DEVICES,
+            "devices": launch.processes if launch.several else cost.DEVICES,
             "device": cost.DEVICE,
             "work": cost.summary(_work(recipe, out, size, sum(map(len, prompts)) / max(len(prompts), 1))),
             "memory": {stage: cost.sharded(on_gpus[stage]) for stage in out["memory"]},
@@ -71,13 +71,14 @@ def plan(recipe: Recipe, stages: tuple[str, ...], command: list[str], launch: La
     gpu = torch.cuda.is_available() or launch.sharding != "ddp" or size > cost.LARGE
     if launch.several:
         held = memory.estimate(recipe, longest, longest_prompt, longest_preference, gpu=gpu)
-        out["processes"] = _shared(recipe, {stage: held[stage] for stage in out["memory"]}, launch)
+        out["processes"] = _shared(recipe, {stage: held[stage] for stage in out["memory"]}, launch, gpu=gpu)
     out["command"] = shlex.join(launch.command(command, gpu=gpu))
     return out
 
 
-def _shared(recipe: Recipe, held: dict[str, dict[str, float]], launch: Launch) -> dict[str, Any]:
+def _shared(recipe: Recipe, held: dict[str, dict[str, float]], launch: Launch, *, gpu: bool) -> dict[str, Any]:
     """What each of several processes does of a step, and what it holds under each way of sharding."""
+    room = torch.cuda.get_device_properties(0).total_memory / memory.GIB if torch.cuda.is_available() else cost.CAPACITY
     rows = {
         "sft": recipe.sft and (recipe.sft.batch, recipe.sft.micro_batch),
         "preference": recipe.preference and (recipe.preference.batch, recipe.preference.micro_batch),
@@ -86,7 +87,9 @@ def _shared(recipe: Recipe, held: dict[str, dict[str, float]], launch: Launch) -
     return {
         "count": launch.processes,
         "nodes": launch.nodes,
-        "sharding": launch.sharding,
+        "sharding": launch.kind,
+        "room": round(room, 1) if gpu else None,  # of a device; H200s where this machine has no GPU
+        "loading": {stage: round(cost.loading(parts), 1) for stage, parts in held.items()},
         "micro_batches": {
             stage: micro_batches(*sizes, launch.processes, stage)
             for stage, sizes in rows.items()
@@ -234,14 +237,14 @@ def show(found: dict[str, Any]) -> str:
         e = found["eval"]
         lines.append(f"eval      {e['problems']:,} problems, {e['samples']:,} samples of {e['policies']} policies")
         lines += [f"          {task}: {rows:,} problems × {samples}" for task, (rows, samples) in e["tasks"].items()]
-    for stage, parts in found["memory"].items():
+    for stage, parts in found["memory"].items() if "processes" not in found else ():
         total = sum(parts.values())
         listed = ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items())
         lines.append(f"memory    {stage}: about {total:.1f} GiB on each device ({listed})")
     if "processes" in found:
         lines += _shown_processes(found["processes"])
     if "cost" in found:
-        lines += _shown_cost(found["cost"])
+        lines += _shown_cost(found["cost"], memory="processes" not in found)
     lines += ["checks    passed", *([f"folder    {found['folder']}"] if "folder" in found else [])]
     lines.append(f"launcher  {found['command']}")
     return "\n".join(lines)
@@ -254,14 +257,20 @@ def _shown_processes(found: dict[str, Any]) -> list[str]:
     lines = [
         f"processes {found['count']}{nodes}; each takes of a step: {', '.join(shares) or 'its share of the samples'}"
     ]
+    chosen, room = found["sharding"], found["room"]
     for stage, kinds in found["memory"].items():
-        listed = ", ".join(f"{name} {gib:,.1f}" for name, gib in kinds.items())
-        lines.append(f"          {stage}: GiB on each device {listed}")
+        whole = found["loading"][stage] if chosen == "fsdp2" else 0.0  # before it is sharded
+        others = ", ".join(f"{name} {gib:,.1f}" for name, gib in kinds.items() if name != chosen)
+        loaded = f", {whole:,.1f} while it is loaded" if whole > kinds[chosen] else ""
+        lines.append(f"memory    {stage}: about {kinds[chosen]:,.1f} GiB on each device{loaded} ({chosen}; {others})")
+        if room is not None and max(whole, kinds[chosen]) > room:
+            lines.append(f"          {stage} does not fit the {room:,.0f} GiB of a device")
     return lines
 
 
-def _shown_cost(found: dict[str, Any]) -> list[str]:
-    """Operations and GPU-hours of each stage, memory where it is sharded, and what both assume."""
+def _shown_cost(found: dict[str, Any], *, memory: bool) -> list[str]:
+    """Operations and GPU-hours of each stage, memory where it is sharded (and not told already), and what both
+    assume."""
     devices, *stages = found["devices"], *found["work"].items()
     told = [f"{name} {w['operations']:.1e} operations, {w['gpu_hours']:,.1f} GPU-hours" for name, w in stages]
     hours = found["work"]["total"]["gpu_hours"] / devices
@@ -272,6 +281,6 @@ def _shown_cost(found: dict[str, Any]) -> list[str]:
         held.append(f"{stage} about {sum(parts.values()) - cached:.0f} GiB{room if cached else ''}")
     return [
         f"cost      {devices} × {found['device']}, estimated: {'; '.join(told)} ({hours:,.1f} hours)",
-        f"          memory on each of {devices}, sharded: {', '.join(held)}",
+        *([f"          memory on each of {devices}, sharded: {', '.join(held)}"] if memory else []),
         f"          assumed: {found['assumed']}",
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from heatbath.ideas.surrogates import ESTIMATORS, Counts, Policy, Rows, informat
 from heatbath.stages import rollouts
 from heatbath.stages.fixed_policies import FixedPolicies
 from heatbath.stages.fused_forward import add_objective_forward
-from heatbath.stages.training import float32_outputs, own_part, require_finite, without_dropout
+from heatbath.stages.sharding import as_sharded, float32_outputs, gathered_weights, own_part
+from heatbath.stages.training import require_finite, without_dropout
 from heatbath.stages.vllm_server import explained
 from heatbath.verify.verdict import STATUSES
 
@@ -84,6 +86,8 @@ class PolicyTrainer(trl.GRPOTrainer):
         float32_outputs(self)
         without_dropout(self.model)
         self.fixed = FixedPolicies(self.model, initial, base, self.accelerator.device)
+        if self.accelerator.is_fsdp2:
+            self.fixed.shard(**as_sharded(self.accelerator))
         if policy.needs_reference and not self.fixed.has(policy.reference):
             raise RunError(
                 f"the policy's reference '{policy.reference}' is not there",
@@ -110,8 +114,8 @@ class PolicyTrainer(trl.GRPOTrainer):
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         # One outer autocast context keeps the 16-bit copies of the weights for the whole generation; without it they
         # are cast again at every token. vLLM has a precision of its own.
-        context = explained(self.args) if self.use_vllm else self.accelerator.autocast()
-        with context:
+        sampling = explained(self.args) if self.use_vllm else gathered_weights(self.model, self.accelerator)
+        with sampling, nullcontext() if self.use_vllm else self.accelerator.autocast():
             if isinstance(self.policy, Guided) and self.model.training:
                 completions, logps, self._copied = rollouts.guided(
                     self, self.policy, prompt_ids, self._asked, super()._generate_single_turn

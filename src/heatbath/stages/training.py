@@ -38,6 +38,7 @@ from heatbath.progress import Progress
 from heatbath.recipe import Recipe
 from heatbath.run import Run
 from heatbath.sections import Lora, Optimizer
+from heatbath.stages.sharding import own_part
 from heatbath.unpickling import require_data
 
 CARRIED = "heatbath.pt"
@@ -92,27 +93,6 @@ def require_finite(loss: torch.Tensor, where: str, remedy: str) -> None:
         raise RunError(f"{what} is {float(loss.detach())}", where, remedy)
 
 
-def float32_outputs(trainer: Trainer) -> None:
-    """Under FSDP2 in 16 bits accelerate would cast what leaves the model, losses and log-probabilities, and what goes
-    in: only the weights are gathered in 16 bits here, and gradients are added up in float32."""
-    accelerator: Any = trainer.accelerator
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if accelerator.is_fsdp2 and plugin is not None and plugin.mixed_precision_policy is not None:
-        from torch.distributed.fsdp import MixedPrecisionPolicy
-
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=plugin.mixed_precision_policy.param_dtype,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,
-        )
-
-
-def own_part(weight: Any) -> torch.Tensor:
-    """Of a weight or gradient that FSDP2 shards what this process holds; any other as it is."""
-    part: torch.Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
-    return part
-
-
 def log_to_run(trainer: Trainer, run: Run, stage: str, progress: Progress, show: tuple[str, ...]) -> None:
     """Sends what the trainer logs to the run's metrics.jsonl and to the progress line, and nowhere else."""
     trainer.remove_callback(PrinterCallback)
@@ -154,8 +134,8 @@ def save_policy(trainer: Trainer, folder: Path) -> None:
 
     Raises RunError instead of saving weights that the last step has made NaN or infinite.
     """
-    broken = [name for name, p in trainer.model.named_parameters() if not bool(torch.isfinite(own_part(p)).all())]
-    if broken:
+    own = [name for name, p in trainer.model.named_parameters() if not bool(torch.isfinite(own_part(p)).all())]
+    if broken := [name for names in ranks.gathered(own) for name in names]:
         raise RunError(
             f"the last step left NaN or infinite weights, first in {broken[0]}", "lr", "lower the learning rate"
         )
@@ -164,6 +144,13 @@ def save_policy(trainer: Trainer, folder: Path) -> None:
             return
         trainer.model.save_pretrained(folder / ADAPTER, selected_adapters=["default"])
         trainer.model.merge_and_unload().save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+    elif trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # with a copy of each tied weight
+        if not ranks.first():
+            return
+        once = {name: w for name, w in weights.items() if name not in trainer.model.all_tied_weights_keys}
+        trainer.model.save_pretrained(folder, state_dict=once)
         trainer.processing_class.save_pretrained(folder)
     else:
         trainer.save_model(str(folder))

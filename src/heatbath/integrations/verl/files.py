@@ -69,9 +69,7 @@ def write(run: Run, recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokeniz
     _parquet(folder / "train.parquet", rl_rows(splits.prompts, recipe, "prompts"))
     _parquet(folder / "val.parquet", rl_rows(held_out(recipe, splits), recipe, "test"))
     (folder / "rl.yaml").write_text(_text("ppo_trainer", made.config, folder), encoding="utf-8")
-    where = "RAY_ADDRESS names the cluster; without it Ray starts on this machine."
-    words = {"name": "rl", "example": "trainer.nnodes=2", "where": where}
-    (folder / "rl.sh").write_text(RL_SCRIPT.format(what="verl.trainer.main_ppo", **words), encoding="utf-8")
+    (folder / "rl.sh").write_text(_rl_script(), encoding="utf-8")
     written = Written(folder, made.generations, notes=list(made.notes))
     if recipe.sft is not None:
         try:
@@ -89,7 +87,16 @@ def planned(run: Run, recipe: Recipe) -> dict[str, Any]:
     made = plan(run, recipe, splits, pipeline.tokenizer_of(recipe))
     text = _text("ppo_trainer", made.config, (run.folder / FOLDER).resolve())
     script = str(run.folder / FOLDER / "rl.sh")
-    return {"notes": [*splits.notes, *made.notes], "verl": text, "command": f"sh {script}"}
+    return {
+        "notes": [*splits.notes, *made.notes],
+        "verl": f"{text.rstrip()}\n\n# {script}\n{_rl_script().rstrip()}",
+        "command": f"sh {script}",
+    }
+
+
+def _rl_script() -> str:
+    where = "RAY_ADDRESS names the cluster; without it Ray starts on this machine."
+    return RL_SCRIPT.format(what="verl.trainer.main_ppo", name="rl", example="trainer.nnodes=2", where=where)
 
 
 def plan(run: Run, recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Translated:

@@ -11,6 +11,7 @@ takes (`workers`, `deadline`, `stages`, `isolation`) is verl's `reward.custom_re
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,7 +50,8 @@ def compute_scores(
     for kind, profile in dict.fromkeys(wanted):
         rows = [i for i, asked in enumerate(wanted) if asked == (kind, profile)]
         golds = [as_gold(kind, _plain(ground_truths[i])) for i in rows]  # type: ignore[arg-type]
-        judge = _grader(kind, profile, workers, deadline, tuple(stages), isolation)  # type: ignore[arg-type]
+        with _MAKING:  # verl asks from several threads, and each grader has processes of its own
+            judge = _grader(kind, profile, workers, deadline, tuple(stages), isolation)  # type: ignore[arg-type]
         verdicts = judge.grade([solution_strs[i] for i in rows], golds)
         for i, verdict in zip(rows, verdicts, strict=True):
             scores[i] = _score(verdict)
@@ -59,6 +61,9 @@ def compute_scores(
 def _plain(value: Any) -> Any:
     """verl keeps rows in numpy arrays."""
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+
+
+_MAKING = threading.Lock()
 
 
 @functools.cache
