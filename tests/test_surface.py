@@ -120,6 +120,7 @@ KEYS = [
     "extends",
     "lora.alpha",
     "lora.dropout",
+    "lora.quantization",
     "lora.rank",
     "lora.targets",
     "model",

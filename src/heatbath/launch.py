@@ -166,18 +166,26 @@ class _Interruptible:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.interrupted = True
-        told = False
-        for child in psutil.Process(self.process.pid).children(recursive=True):
+        started = _started_by(psutil.Process(self.process.pid))
+        for process in started:
             with suppress(psutil.Error):
-                if "RANK" in child.environ():
-                    child.send_signal(signal.SIGTERM)
-                    told = True
-        if not told:  # it is still starting them
+                process.send_signal(signal.SIGTERM)
+        if not started:  # it is still starting them
             self.process.send_signal(signal.SIGTERM)
 
     def __exit__(self, *_: object) -> None:
         for number, former in self._former.items():
             signal.signal(number, former)
+
+
+def _started_by(launcher: psutil.Process) -> list[psutil.Process]:
+    """The processes of the run below a launcher; what those start in turn, as their graders, is theirs to end."""
+    found: list[psutil.Process] = []
+    with suppress(psutil.Error):
+        for child in launcher.children():
+            with suppress(psutil.Error):
+                found += [child] if "RANK" in child.environ() else _started_by(child)
+    return found
 
 
 def _end_with_parent() -> None:

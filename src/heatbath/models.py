@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from heatbath.recipe import Recipe
+
 SMOLLM2 = "smollm2-135m"
 TINY = "tiny"
 MODEL_REMEDY = f"give a folder that from_pretrained reads, a hub id, '{SMOLLM2}' or '{TINY}'"
@@ -173,6 +175,17 @@ def fingerprint_of(name: str) -> str:
     return fingerprint(_weights(name, AutoModelForCausalLM.from_pretrained, dtype=torch.bfloat16))
 
 
+def fingerprint_of_source(model: PreTrainedModel, name: str) -> str:
+    """Of the weights as they lie in the folder or on the hub, from the model that was loaded from there; one in 4 bits
+    does not tell, and they are read again."""
+    return fingerprint_of(name) if is_quantized(model) else fingerprint(model)
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether linear layers are stored in 4 bits."""
+    return bool(getattr(model, "is_loaded_in_4bit", False))
+
+
 def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model named in a recipe in `dtype`, in eval mode, on the default device."""
     import torch
@@ -180,6 +193,28 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
     model: PreTrainedModel = _weights(name, AutoModelForCausalLM.from_pretrained, dtype=dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_trained(name: str, recipe: Recipe) -> PreTrainedModel:
+    """The model that a training stage of the recipe begins with: float32, or where `lora.quantization` asks for it with
+    its linear layers in 4 bits, multiplied in the recipe's precision."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if recipe.lora is None or recipe.lora.quantization is None:
+        return load_model(name, torch.float32)
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=recipe.lora.quantization,
+        bnb_4bit_compute_dtype=autocast_dtype(recipe.precision) or torch.float32,
+    )
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    options = {"dtype": torch.float32, "quantization_config": quantized, "device_map": {"": device}}
+    model: PreTrainedModel = _weights(name, AutoModelForCausalLM.from_pretrained, **options)
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # it would multiply in bf16, whatever is asked for
+            layer.support_avx512bf16_for_cpu = False
+    return model.eval()
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:

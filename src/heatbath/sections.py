@@ -147,12 +147,14 @@ class Pretrain(Optimizer):
 
 class Lora(Section):
     """Low-rank adapters in every training stage (arXiv 2106.09685), merged into a plain model at the end of each. The
-    base's view is then the same model with its adapters off."""
+    base's view is then the same model with its adapters off. `quantization` stores the base's linear layers in 4 bits
+    while they train (QLoRA, arXiv 2305.14314); "nf4" is its normal float."""
 
     rank: Positive = 16
     alpha: Finite = 32.0
     dropout: Unit = 0.0
     targets: str | list[str] = "all-linear"
+    quantization: Literal["nf4"] | None = None
 
 
 class SFT(Optimizer):

@@ -91,8 +91,10 @@ class MeasuredBase:
     @contextmanager
     def frozen(self) -> Iterator[FrozenBase]:
         """The model as the base; it can be trained again afterwards."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         yield FrozenBase(self.model)
-        self.model.requires_grad_(True)
+        for p in trained:
+            p.requires_grad_(True)
 
 
 def settle(

@@ -6,6 +6,7 @@ token and layer. It is an estimate: docs/LOG.md compares it with what was measur
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from heatbath import models
 from heatbath.errors import RecipeError, RunError
@@ -29,6 +30,8 @@ GIB = 2**30
 LIBRARIES = int(0.5 * GIB)  # torch, transformers and TRL themselves
 LOGS = 16 * 2**20  # bytes of logs, samples and a report
 ROUND = 4  # decimals of a GiB
+BLOCK = 64  # weights that share a scale in 4 bits
+QUANTIZED = 0.5 + 4 / BLOCK  # bytes of such a weight, its share of the float32 scale included
 
 
 def estimate(
@@ -42,6 +45,7 @@ def estimate(
     config = _config(recipe)
     shape = _shape(config, trusted=isinstance(recipe.model, models.TrustedName))
     trained = _lora_parameters(recipe, config) if recipe.lora else shape["parameters"]
+    shape["quantized"] = shape["linear"] if recipe.lora and recipe.lora.quantization else 0
     stages: dict[str, dict[str, float]] = {}
     if recipe.sft is not None:
         tokens = min(recipe.sft.micro_batch, recipe.sft.batch) * longest
@@ -73,8 +77,8 @@ def _parts(
     shape: dict[str, int], trained: int, tokens: int, short: bool, kind: str, *, frozen: str
 ) -> dict[str, float]:
     """`frozen`: what the model is called that stands beside the policy, with which it is compared, if there is one."""
-    all_parameters = shape["parameters"]
-    casts = 2 * all_parameters if short else 0  # 16-bit copies of the weights within a step
+    all_parameters, quantized = shape["parameters"], shape["quantized"]
+    casts = 2 * (all_parameters - quantized) if short else 0  # 16-bit copies of the weights within a step
     width = 2 if short else 4
     # Kept for the backward pass of a layer: float32 around the two norms and the residuals (7 d), and at the width of
     # the products the projections' inputs, queries, keys and values before and after rotation, and the gated MLP.
@@ -86,7 +90,7 @@ def _parts(
     # Of a chunk, policy and base: logits in the products' own width and what they are worked on in.
     logits = 2 * (4 + width) * min(tokens, chunk_tokens(shape["V"], kind)) * shape["V"]
     parts = {
-        "weights": 4 * all_parameters + casts,
+        "weights": 4 * (all_parameters - quantized) + QUANTIZED * quantized + casts,
         **({frozen: 4 * all_parameters} if frozen else {}),
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
@@ -152,6 +156,7 @@ def _shape(config: Any, *, trusted: bool = False) -> dict[str, int]:
     d, heads = text.hidden_size, text.num_attention_heads
     return {
         "parameters": model.num_parameters(),
+        "linear": sum(m.weight.numel() for m in _quantizable(model)),
         "layers": text.num_hidden_layers,
         "d": d,
         "ff": getattr(text, "intermediate_size", None) or 4 * d,
@@ -164,10 +169,19 @@ def require_lora_targets(recipe: Recipe) -> None:
     """Raises RecipeError where the adapters do not fit the model: unknown modules, or the output head."""
     assert recipe.lora is not None
     model = _with_adapters(recipe, _config(recipe))
+    if recipe.lora.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            "bitsandbytes, which stores 4 bits, is not installed", "lora.quantization", "pip install 'heatbath[qlora]'"
+        )
     if isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer):
         raise RecipeError(
             "an adapter on the output head would leave no base to compare with", "lora.targets", "leave lm_head out"
         )
+
+
+def _quantizable(model: PreTrainedModel) -> list[torch.nn.Linear]:
+    """The layers that bitsandbytes stores in 4 bits: all linear ones but the head."""
+    return [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
 
 
 def _lora_parameters(recipe: Recipe, config: Any) -> int:

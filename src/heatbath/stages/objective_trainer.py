@@ -22,7 +22,7 @@ from heatbath.ideas.statistics import Objective
 from heatbath.reference import AdaptersOff, FrozenBase, Reference, require_same_vocabulary, segment_ids
 from heatbath.stages.fused_forward import add_objective_forward
 from heatbath.stages.sharding import as_sharded, float32_outputs
-from heatbath.stages.training import CARRIED, RowCollator, require_finite
+from heatbath.stages.training import CARRIED, RowCollator, float32_adapters, require_finite
 
 Reduction = Literal["token_mean", "sequence_sum", "microbatch_token_mean"]
 
@@ -58,6 +58,7 @@ class ObjectiveMixin:
         if kwargs.get("compute_metrics") is not None:
             raise RunError("compute_metrics would never be called", "compute_metrics", "there are no logits; drop it")
         super().__init__(*args, **kwargs)
+        float32_adapters(self.model)
         if reference is None and isinstance(self.model, peft.PeftModel):
             reference = AdaptersOff(self.model)
         if reference is not None:

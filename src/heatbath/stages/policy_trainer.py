@@ -27,7 +27,7 @@ from heatbath.stages import rollouts
 from heatbath.stages.fixed_policies import FixedPolicies
 from heatbath.stages.fused_forward import add_objective_forward
 from heatbath.stages.sharding import as_sharded, float32_outputs, gathered_weights, own_part
-from heatbath.stages.training import require_finite, without_dropout
+from heatbath.stages.training import float32_adapters, require_finite, without_dropout
 from heatbath.stages.vllm_server import explained
 from heatbath.verify.verdict import STATUSES
 
@@ -82,6 +82,7 @@ class PolicyTrainer(trl.GRPOTrainer):
             raise RunError("heatbath renders no tools into prompts", "tools", "use TRL's own trainer for them")
         with explained(given):
             super().__init__(*args, **kwargs)
+        float32_adapters(self.model)
         self.policy, self.kl_every = policy.at_length(self.max_completion_length), kl_every
         float32_outputs(self)
         without_dropout(self.model)

@@ -212,10 +212,10 @@ def run_preference(run: Run, recipe: Recipe, progress: Progress) -> None:
             progress.say(note)
         if cut := sum(row.truncated for row in made):
             progress.say(f"warning: {cut} of {len(made)} rows are cut at {settings.max_length} tokens, without EOS")
-        model = models.load_model(start, torch.float32)
+        model = models.load_trained(start, recipe)
         checks.require_vocabulary(tokenizer, model.config)
         if before == "base":
-            run.require_same_base(models.fingerprint(model))
+            run.require_same_base(models.fingerprint_of_source(model, start))
         trainer = build_trainer(run, recipe, model, tokenizer, made)
         shown = ("objective", "reward_margin", "accuracy", "score_error")
         log_to_run(trainer, run, "preference", progress, show=shown)

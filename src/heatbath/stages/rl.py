@@ -46,7 +46,7 @@ def run_rl(run: Run, recipe: Recipe, progress: Progress) -> None:
         model = start_of(run, recipe)
         checks.require_vocabulary(tokenizer, model.config)
         if before == "base":
-            run.require_same_base(models.fingerprint(model))
+            run.require_same_base(models.fingerprint_of_source(model, run.model_of("base")))
         ranks.agreed(lambda: readiness.measure(run, recipe, splits.prompts, tokenizer, model, grader, progress))
         trainer = build_trainer(run, recipe, model, tokenizer, splits, reward_functions(recipe.reward, grader))
         shown = ("reward", "informative_share", "truncated_share", "kl_init", "held_out/right")
@@ -59,15 +59,13 @@ def run_rl(run: Run, recipe: Recipe, progress: Progress) -> None:
 def start_of(run: Run, recipe: Recipe) -> PreTrainedModel | peft.PeftModel:
     """The policy that RL starts from. Where the warm start was trained with adapters, RL goes on training those: the
     base with the warm start's adapter, and a frozen copy of it under the name "init"."""
-    if recipe.sft is None:
-        return models.load_model(run.model_of("base"), torch.float32)
-    if recipe.lora is None:
-        return models.load_model(run.model_of("init"), torch.float32)
+    if recipe.sft is None or recipe.lora is None:
+        return models.load_trained(run.model_of("base" if recipe.sft is None else "init"), recipe)
     adapter = run.checkpoint("init") / ADAPTER
     if not adapter.is_dir():
         raise RunError("the warm start was saved without its adapter", str(adapter), "train it again: heatbath sft")
-    model = models.load_model(run.model_of("base"), torch.float32)
-    run.require_same_base(models.fingerprint(model))
+    model = models.load_trained(run.model_of("base"), recipe)
+    run.require_same_base(models.fingerprint_of_source(model, run.model_of("base")))
     stacked = models.load_adapter(model, adapter, is_trainable=True)
     stacked.load_adapter(str(adapter), adapter_name=INIT, is_trainable=False)
     return stacked

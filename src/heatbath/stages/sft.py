@@ -10,7 +10,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 import trl
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,9 +50,9 @@ def run_sft(run: Run, recipe: Recipe, progress: Progress) -> None:
         progress.say(
             f"warning: {cut} of {len(demos)} demonstrations are cut at {settings.max_length} tokens, without EOS"
         )
-    model = models.load_model(start, torch.float32)
+    model = models.load_trained(start, recipe)
     checks.require_vocabulary(tokenizer, model.config)
-    run.require_same_base(models.fingerprint(model))
+    run.require_same_base(models.fingerprint_of_source(model, start))
     goal = objective(settings.objective.name, **settings.objective.hyper)
     require_columns(goal, demos)
     if settings.packing:

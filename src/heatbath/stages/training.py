@@ -143,7 +143,7 @@ def save_policy(trainer: Trainer, folder: Path) -> None:
         if not ranks.first():
             return
         trainer.model.save_pretrained(folder / ADAPTER, selected_adapters=["default"])
-        trainer.model.merge_and_unload().save_pretrained(folder)
+        _merged(trainer.model, folder / ADAPTER).save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
     elif trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # with a copy of each tied weight
@@ -155,6 +155,24 @@ def save_policy(trainer: Trainer, folder: Path) -> None:
     else:
         trainer.save_model(str(folder))
     (folder / "training_args.bin").unlink(missing_ok=True)
+
+
+def _merged(model: peft.PeftModel, adapter: Path) -> PreTrainedModel:
+    """The plain model that adapters have made of their base, in float32. A base in 4 bits is taken out of them first:
+    the sum would be rounded to 4 bits again, and the policy is what was trained."""
+    if not models.is_quantized(model):
+        merged: PreTrainedModel = model.merge_and_unload()
+        return merged
+    base = model.unload().dequantize().float()
+    return models.load_adapter(base, adapter).merge_and_unload()
+
+
+def float32_adapters(model: torch.nn.Module) -> None:
+    """Of a quantised base: TRL would train them in bf16, in which small steps are lost."""
+    if models.is_quantized(model):
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
 
 
 def lora_config(settings: Lora | None) -> peft.LoraConfig | None:
