@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,12 +25,15 @@ def listen() -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
     tell = sys.unraisablehook
+    if tell.__module__ == __name__:  # heard already
+        return
 
     def once_more(lost: UnraisableHookArgs) -> None:
         if issubclass(lost.exc_type, KeyboardInterrupt) and not sys.is_finalizing():
             again = threading.Timer(AGAIN, os.kill, (os.getpid(), signal.SIGTERM))
             again.daemon = True
-            again.start()
+            with suppress(RuntimeError):  # no thread begins once the interpreter ends
+                again.start()
         else:
             tell(lost)
 

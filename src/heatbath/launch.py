@@ -10,13 +10,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
 import yaml
 
 from heatbath import ranks
@@ -61,6 +59,18 @@ class Launch:
                 "--sharding",
                 "leave it out: with [lora] gradients and optimizer are small, and the base needs no second copy",
             )
+        if kind == "fsdp2" and "preference" in stages:
+            raise RecipeError(
+                "TRL gathers the reference of [preference] as a whole, and adds up in 16 bits",
+                "--sharding",
+                "leave it out, or train it with [lora]",
+            )
+        if kind == "zero2" and recipe.precision != "fp32":
+            raise RecipeError(
+                "DeepSpeed keeps the weights themselves in 16 bits, which loses small steps",
+                "precision",
+                'precision = "fp32", or --sharding fsdp2',
+            )
         if kind == "fsdp2" and "sft" in stages and recipe.sft is not None and recipe.sft.objective.name == "psft":
             raise RecipeError("psft keeps no old policy of sharded weights", "sft.objective", "train it under DDP")
         if kind != "ddp" and "rl" in stages and recipe.rl is not None and recipe.rl.policy.name == "relift":
@@ -84,6 +94,8 @@ class Launch:
                 "--gpus",
                 "as many as there are, or look at CUDA_VISIBLE_DEVICES",
             )
+        if self.kind == "zero2" and importlib.util.find_spec("deepspeed") is None:
+            raise RecipeError("DeepSpeed is not installed", "--sharding", "pip install deepspeed, or fsdp2")
         if "eval" in stages and evaluates_alone(recipe) and importlib.util.find_spec("vllm") is None:
             raise RecipeError(
                 "vLLM, which is to evaluate after the training, is not installed",
@@ -147,11 +159,11 @@ class Launch:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.gpus)))
         with _Interruptible(line, environment) as started:
             code = started.process.wait()
-        return 130 if started.interrupted else int(code != 0)
+        return 0 if code == 0 else 130 if started.interrupted else 1
 
 
 class _Interruptible:
-    """A launcher whose processes, not itself, are told of an interruption: it would give them half a minute."""
+    """A launcher that passes an interruption on to its processes (`starting.py`) and is waited for."""
 
     def __init__(self, line: list[str], environment: dict[str, str]):
         self.interrupted = False
@@ -166,26 +178,11 @@ class _Interruptible:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.interrupted = True
-        started = _started_by(psutil.Process(self.process.pid))
-        for process in started:
-            with suppress(psutil.Error):
-                process.send_signal(signal.SIGTERM)
-        if not started:  # it is still starting them
-            self.process.send_signal(signal.SIGTERM)
+        self.process.terminate()
 
     def __exit__(self, *_: object) -> None:
         for number, former in self._former.items():
             signal.signal(number, former)
-
-
-def _started_by(launcher: psutil.Process) -> list[psutil.Process]:
-    """The processes of the run below a launcher; what those start in turn, as their graders, is theirs to end."""
-    found: list[psutil.Process] = []
-    with suppress(psutil.Error):
-        for child in launcher.children():
-            with suppress(psutil.Error):
-                found += [child] if "RANK" in child.environ() else _started_by(child)
-    return found
 
 
 def _end_with_parent() -> None:
@@ -243,15 +240,14 @@ def kind_of(path: Path) -> str:
         read = yaml.safe_load(path.read_text(encoding="utf-8"))
         kind = KINDS[read["distributed_type"]]
         sharded = read.get("fsdp_config") or {}
-        stage = int((read.get("deepspeed_config") or {}).get("zero_stage", 2))
+        stage = int((read.get("deepspeed_config") or {}).get("zero_stage", 0))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, AttributeError, KeyError, ValueError):
         raise RecipeError(
             f"no configuration of accelerate for {', '.join(KINDS)}", f"--sharding {path}", "accelerate config"
         ) from None
-    if kind == "zero2" and stage == 3:
-        raise RecipeError(
-            "ZeRO-3 shards the head, which the engine reads as a whole", f"--sharding {path}", "zero_stage: 2, or fsdp2"
-        )
+    if kind == "zero2" and stage != 2:
+        why = "ZeRO-3 shards the head, which the engine reads as a whole" if stage == 3 else "no zero_stage is given"
+        raise RecipeError(why, f"--sharding {path}", "zero_stage: 2 under deepspeed_config, or fsdp2")
     if kind == "fsdp2" and int(sharded.get("fsdp_version", 1)) != 2:
         raise RecipeError("FSDP1 is not covered", f"--sharding {path}", "fsdp_version: 2 under fsdp_config")
     return kind

@@ -65,15 +65,19 @@ class FrozenBase:
 
     def __init__(self, model: PreTrainedModel):
         self._model = [model.eval().requires_grad_(False)]
+        self._gathered_in: torch.dtype | None = None
         self.transform = logit_transform(model)
 
     def shard(self, **how: Any) -> None:
         """Spreads the weights over the processes, as FSDP2 does with the policy's: each layer is gathered while it
         works, the head where it is read. `how` goes to `fully_shard`."""
         model = self._model[0]
-        head = model.get_output_embeddings()
-        own = [head] if head.weight is not model.get_input_embeddings().weight else []
+        head, tied = model.get_output_embeddings(), model.get_input_embeddings()
+        own = [head] if head.weight is not tied.weight else []
         shard_layers(model, model.base_model, *own, **how)
+        if not own:  # it stands outside the body, which holds its weight in parts now
+            head.weight = tied.weight
+        self._gathered_in = how["mp_policy"].param_dtype if "mp_policy" in how else None
 
     @torch.no_grad()
     def hidden(self, **inputs: Tensor) -> Tensor:
@@ -86,8 +90,10 @@ class FrozenBase:
 
     @property
     def head(self) -> Tensor:
-        """Output embedding, [V, d]."""
-        return output_head(self._model[0])
+        """Output embedding, [V, d]; of sharded weights in the precision in which they are gathered."""
+        if self._gathered_in is None:
+            return output_head(self._model[0])
+        return gathered(self._model[0].get_output_embeddings().weight.to(self._gathered_in))
 
 
 class AdaptersOff:

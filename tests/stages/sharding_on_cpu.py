@@ -1,14 +1,22 @@
-"""accelerate's FSDP2 and DeepSpeed on CPU processes: the trainers' own path of sharded weights, without a GPU."""
+"""accelerate's FSDP2 and DeepSpeed on CPU processes: the trainers' own path of sharded weights, without a GPU.
+
+As a program it is heatbath under one of them: `torchrun … sharding_on_cpu.py fsdp2 sft r.toml`.
+"""
 
 import os
+import sys
 from typing import Any
 
 from accelerate.commands import launch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from torch.distributed.fsdp import FSDPModule
 
 from heatbath.launch import Launch
+
+DEFERRED: list[bool] = []
+"""Each time that a gradient was to be kept whole for a later micro-batch."""
 
 
 def allow(sharding: str) -> None:
@@ -22,12 +30,26 @@ def allow(sharding: str) -> None:
     if sharding == "zero2":
         os.environ["DS_ACCELERATOR"] = "cpu"
         return
-    begin = AcceleratorState.__init__
+    begin, synchronise = AcceleratorState.__init__, FSDPModule.set_requires_gradient_sync
+
+    def counted(self: Any, wanted: bool, **kwargs: Any) -> None:
+        if not wanted:
+            DEFERRED.append(wanted)
+        synchronise(self, wanted, **kwargs)
 
     def sharded(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             PartialState._shared_state["distributed_type"] = self.distributed_type = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
             self.fsdp_plugin = fsdp_plugin
 
-    AcceleratorState.__init__ = sharded
+    AcceleratorState.__init__, FSDPModule.set_requires_gradient_sync = sharded, counted
+
+
+if __name__ == "__main__":
+    allow(sys.argv.pop(1))
+    from heatbath.cli import main
+
+    main()

@@ -14,8 +14,10 @@ from heatbath import recipe as recipes
 from heatbath.data import sources
 from heatbath.errors import DataError, RecipeError
 from heatbath.opening import Opening
+from heatbath.progress import Progress
 from heatbath.recipe import Recipe, parse
-from heatbath.stages import memory
+from heatbath.run import Run
+from heatbath.stages import memory, sft
 from heatbath.stages.plan import folder_line, plan, show
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -191,3 +193,27 @@ def test_the_estimate_counts_the_base_where_the_reference_is_another_model(small
     weights = 4 * sum(p.numel() for p in small_model().parameters()) / 2**30
     assert base(rl={"policy": spec}) == pytest.approx(weights, abs=1e-4)
     assert base(rl={"policy": spec}, lora={}) is None and base(rl={"policy": spec}, sft=None) is None
+
+
+@pytest.mark.parametrize("name", ["sft", "psft"])
+def test_a_checkpoint_is_as_large_as_was_counted(
+    small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Weights, AdamW's moments, and the old policy that PSFT goes on with; beside them less than 128 KiB."""
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt  # before the stage ends and its checkpoints go
+
+    monkeypatch.setattr(sft, "save_policy", stopped)
+    table = recipe(small_base).model_dump()
+    small = {"objective": {"name": name}, "epochs": 1, "batch": 4, "micro_batch": 4, "save_every": 1}
+    made = parse({**table, "sft": {**table["sft"], **small}})
+    run = Run(tmp_path / "run", made).write()
+    with pytest.raises(KeyboardInterrupt):
+        sft.run_sft(run, made, Progress(quiet=True))
+    kept = sorted(run.working("sft").glob("checkpoint-*"))
+    sizes = [sum(p.stat().st_size for p in one.rglob("*") if p.is_file()) for one in kept]
+    weights = 4 * sum(p.numel() for p in small_model().parameters())
+    counted = (memory.disk(made, "sft") - memory.LOGS - weights) / (made.sft.save_total_limit + 1)
+    assert len(kept) == made.sft.save_total_limit
+    assert all(counted <= size < counted + 2**17 for size in sizes), (counted, sizes)

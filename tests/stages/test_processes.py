@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import sharding_on_cpu
 import torch
 import whole_stages
 from safetensors.torch import load_file
@@ -41,6 +43,17 @@ def shared(both: Path, small_base: Path) -> Path:
     """`both`, with what two processes that share the weights leave in `fsdp2`."""
     two_processes(both / "fsdp2", small_base, both / "completions.json", "fsdp2")
     return both
+
+
+def test_in_16_bits_policy_and_base_are_rounded_alike(shared: Path) -> None:
+    """Under FSDP2 both are gathered in bf16, heads too: before the first step of a warm start the two are one, and in
+    RL, which samples from gathered weights, the policy is its frozen start."""
+    rows = [json.loads(line) for line in (shared / "fsdp2" / "bf16" / "metrics.jsonl").read_text().splitlines()]
+    before = next(row for row in rows if row["step"] == 0)
+    assert before["val/nll"] == pytest.approx(before["val/surprise"], rel=1e-6)
+    assert len([row for row in rows if "nll" in row]) == whole_stages.STEPS
+    assert curve(shared / "fsdp2" / "bf16-rl", "rl", "kl_init")[0] == pytest.approx(0.0, abs=1e-6)
+    assert len(curve(shared / "fsdp2" / "bf16-rl", "rl", "reward")) == 2
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +222,7 @@ def test_what_does_not_fit_is_said_before_anything_starts(
     ("text", "said"),
     [
         ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3}", "ZeRO-3"),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: own.json}", "no zero_stage"),
         ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}", "FSDP1"),
         ("distributed_type: MEGATRON_LM", "no configuration"),
         ("- a list", "no configuration"),
@@ -227,13 +241,38 @@ def test_what_a_configuration_of_ones_own_may_not_ask_for(tmp_path: Path, text: 
         ({"sft": {"objective": "psft"}}, "sft.objective"),
         ({"rl": {"policy": "relift"}}, "rl.policy"),
         ({"lora": {"rank": 4}}, "--sharding"),
+        ({"preference": {"data": "sums"}}, "--sharding"),
+        ({"sft": {}, "precision": "bf16"}, "zero2"),
     ],
 )
 def test_what_sharded_weights_cannot_do_is_said_on_any_machine(table: dict, where: str) -> None:
     recipe = recipes.parse({"model": "tiny", "data": {"source": "arithmetic"}, **table})
+    sharding, named = ("zero2", "precision") if where == "zero2" else ("fsdp2", where)
     with pytest.raises(RecipeError) as error:
-        Launch(8, 1, "fsdp2").require_recipe(recipe, ("sft", "rl"))
-    assert where in str(error.value)
+        Launch(8, 1, sharding).require_recipe(recipe, tuple(table) if "preference" in table else ("sft", "rl"))
+    assert named in str(error.value)
+
+
+def test_a_launcher_that_fails_itself_says_so(tmp_path: Path) -> None:
+    """A port in use: its first line, and no traceback."""
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        meeting = [
+            "--rdzv-backend",
+            "static",
+            "--master-addr",
+            "localhost",
+            "--master-port",
+            port,
+            "--max-restarts",
+            "0",
+        ]
+        line = ["torchrun", "--nproc-per-node", "1", "--nnodes", "1", *meeting, str(tmp_path / "none.py")]
+        done = subprocess.run([sys.executable, "-m", "heatbath.starting", *line], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1, done.stderr
+    assert "Traceback" not in done.stderr and "remedy" in done.stderr
 
 
 def test_machines_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,15 +323,18 @@ def test_a_launcher_that_starts_fewer_is_not_obeyed(monkeypatch: pytest.MonkeyPa
         ranks.join()
 
 
-@pytest.mark.parametrize("fault", ["a process is killed", "the launcher is told to end"])
+@pytest.mark.parametrize("fault", ["a process is killed", "the launcher is told to end", "told to end, fsdp2"])
 def test_a_run_of_two_that_is_stopped_resumes_where_it_was(
-    both: Path, small_base: Path, tmp_path: Path, fault: str
+    shared: Path, small_base: Path, tmp_path: Path, fault: str
 ) -> None:
     """`heatbath sft --gpus 2`; one rank is killed with -9, or a scheduler ends the command: one line says so, nothing
     half is left, and the resumed run ends in the weights of the uninterrupted one."""
     recipe = whole_stages.warm_start("sft", str(small_base))
     (tmp_path / "r.toml").write_text(as_toml(recipe).replace("save_every = 0", "save_every = 4"))
     line = [sys.executable, "-m", "heatbath", "sft", "r.toml", "--gpus", "2", "--out", "x"]
+    if sharded := fault.endswith("fsdp2"):
+        torchrun = ["torchrun", "--standalone", "--nproc-per-node", "2", sharding_on_cpu.__file__, "fsdp2"]
+        line = [sys.executable, "-m", "heatbath.starting", *torchrun, "sft", "r.toml", "--out", "x"]
     settings = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.PIPE, "text": True}
     started = subprocess.Popen(line, **settings)
     log, deadline = tmp_path / "x" / "metrics.jsonl", time.monotonic() + 240
@@ -303,13 +345,17 @@ def test_a_run_of_two_that_is_stopped_resumes_where_it_was(
     else:
         started.terminate()
     said = started.communicate(timeout=120)[1]
-    assert started.returncode == (1 if killed else 130), said
-    assert said.count("error: process 1 was killed by SIGKILL" if killed else "interrupted; --resume") == 1
-    assert "Traceback" not in said
+    assert started.returncode == (1 if killed or sharded else 130), said
+    assert said.count("error: process 1 was killed by SIGKILL" if killed else "interrupted; --resume") == 1, said
+    assert "Traceback" not in said, said
     assert not (tmp_path / "x" / "checkpoints" / "init").exists()
+    if not killed:
+        steps = [row["step"] for row in map(json.loads, log.read_text().splitlines()) if "nll" in row]
+        assert (tmp_path / "x" / "checkpoints" / ".sft" / f"checkpoint-{max(steps)}" / "complete").is_file()
     done = subprocess.run([*line, "--resume"], timeout=240, check=False, **settings)
     assert done.returncode == 0 and "going on after step" in done.stderr, done.stderr
-    assert moved(tmp_path / "x" / "checkpoints" / "init", both / "two" / "sft" / "checkpoints" / "init") == 0.0
+    ends = (tmp_path / "x", shared / ("fsdp2" if sharded else "two") / "sft")
+    assert moved(*(end / "checkpoints" / "init" for end in ends)) == 0.0
 
 
 def _ranks_of(launcher: int) -> list[int]:

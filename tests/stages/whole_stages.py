@@ -95,6 +95,20 @@ def replayed(kept: list) -> Iterator[None]:
         PolicyTrainer._generate_single_turn = sample
 
 
+def run_in_16_bits(folder: Path, base: str) -> None:
+    """A warm start in bf16, and two steps of RL on completions of its own, of which some end early."""
+    quiet, short = Progress(quiet=True), {"precision": "bf16"}
+    recipe = recipes.parse(warm_start("gift, model", base).model_dump() | short)
+    run = Run(folder / "bf16", recipe).write()
+    ranks.wait()
+    run_sft(run, recipe, quiet)
+    table = reinforcement(base).model_dump() | short
+    recipe = recipes.parse(table | {"rl": table["rl"] | {"max_steps": 2, "max_new_tokens": 60}})
+    run = Run(folder / "bf16-rl", recipe).write()
+    ranks.wait()
+    run_rl(run, recipe, quiet)
+
+
 def run_all(folder: Path, base: str, kept: list, starts: Sequence[str] = tuple(STARTS)) -> None:
     """Warm starts, one of them with its evaluation, and RL on the completions kept (where there are none, its own)."""
     quiet = Progress(quiet=True)
@@ -118,4 +132,7 @@ if __name__ == "__main__":
     ranks.join()
     completions = json.loads(Path(sys.argv[3]).read_text())
     run_all(Path(sys.argv[1]), sys.argv[2], completions, SHARDED if sharded else tuple(STARTS))
+    if sharded == ["fsdp2"]:
+        run_in_16_bits(Path(sys.argv[1]), sys.argv[2])
+        assert not sharding_on_cpu.DEFERRED, "whole gradients were kept from micro-batch to micro-batch"
     torch.distributed.destroy_process_group()

@@ -24,6 +24,7 @@ from heatbath.ideas.policy import policy
 from heatbath.ideas.statistics import needs_reference
 from heatbath.recipe import Recipe
 from heatbath.run import Run
+from heatbath.stages.sharding import weights_are_sharded
 from heatbath.stages.training import lora_config
 
 GIB = 2**30
@@ -108,7 +109,7 @@ def parameters(recipe: Recipe) -> int:
 
 def disk(recipe: Recipe, stage: str) -> int:
     """Bytes that a stage writes: its policy in float32, and while it trains a checkpoint more than it keeps, each with
-    weights and AdamW's moments of what is trained."""
+    weights and AdamW's moments of what is trained, PSFT's old policy, and the moments of ReLIFT's own AdamW."""
     settings = getattr(recipe, stage)
     if stage == "eval" or settings is None:
         return LOGS
@@ -116,7 +117,14 @@ def disk(recipe: Recipe, stage: str) -> int:
     whole = _model(config, trusted=isinstance(recipe.model, models.TrustedName)).num_parameters()
     trained = _lora_parameters(recipe, config) if recipe.lora and stage != "pretrain" else whole
     kept = settings.save_total_limit + 1 if settings.save_every else 1  # one where it is interrupted
-    return LOGS + 4 * whole + kept * 12 * trained
+    own = 0
+    if stage == "sft" and hasattr(objective(settings.objective.name, **settings.objective.hyper), "refresh"):
+        own = 4
+    elif stage == "rl" and settings.policy.name == "relift":
+        own = 8
+    if weights_are_sharded():  # accelerate writes the weights once more
+        own += 4
+    return LOGS + 4 * whole + kept * (12 + own) * trained
 
 
 def require_room(run: Run, recipe: Recipe, stage: str) -> None:

@@ -21,7 +21,7 @@ from heatbath.errors import RunError
 from heatbath.ideas.statistics import Objective
 from heatbath.reference import AdaptersOff, FrozenBase, Reference, require_same_vocabulary, segment_ids
 from heatbath.stages.fused_forward import add_objective_forward
-from heatbath.stages.sharding import as_sharded, float32_outputs
+from heatbath.stages.sharding import as_sharded, settle_sharding
 from heatbath.stages.training import CARRIED, RowCollator, float32_adapters, require_finite
 
 Reduction = Literal["token_mean", "sequence_sum", "microbatch_token_mean"]
@@ -63,7 +63,7 @@ class ObjectiveMixin:
             reference = AdaptersOff(self.model)
         if reference is not None:
             require_same_vocabulary(self.model, reference)
-        float32_outputs(self)  # type: ignore[arg-type]
+        settle_sharding(self)  # type: ignore[arg-type]
         if isinstance(reference, FrozenBase) and self.accelerator.is_fsdp2:
             reference.shard(**as_sharded(self.accelerator))
         self.objective, self.reference, self.reduction = objective, reference, reduction

@@ -26,7 +26,7 @@ from heatbath.ideas.surrogates import ESTIMATORS, Counts, Policy, Rows, informat
 from heatbath.stages import rollouts
 from heatbath.stages.fixed_policies import FixedPolicies
 from heatbath.stages.fused_forward import add_objective_forward
-from heatbath.stages.sharding import as_sharded, float32_outputs, gathered_weights, own_part
+from heatbath.stages.sharding import as_sharded, gathered_weights, own_part, settle_sharding
 from heatbath.stages.training import float32_adapters, require_finite, without_dropout
 from heatbath.stages.vllm_server import explained
 from heatbath.verify.verdict import STATUSES
@@ -84,7 +84,7 @@ class PolicyTrainer(trl.GRPOTrainer):
             super().__init__(*args, **kwargs)
         float32_adapters(self.model)
         self.policy, self.kl_every = policy.at_length(self.max_completion_length), kl_every
-        float32_outputs(self)
+        settle_sharding(self)
         without_dropout(self.model)
         self.fixed = FixedPolicies(self.model, initial, base, self.accelerator.device)
         if self.accelerator.is_fsdp2:

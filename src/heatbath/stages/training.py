@@ -312,8 +312,11 @@ class _KeepResumable(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         ranks.wait()  # each process has its own random states to write
-        if not ranks.first():
-            return
+        if ranks.first():
+            self._keep(args, state)
+        ranks.wait()  # one that ends first has the launcher end the others
+
+    def _keep(self, args: TrainingArguments, state: TrainerState) -> None:
         folder = Path(str(args.output_dir))
         checkpoint = folder / f"checkpoint-{state.global_step}"
         (checkpoint / "training_args.bin").unlink(missing_ok=True)  # pickled, and nothing reads it
