@@ -63,7 +63,7 @@ class Launch:
             raise RecipeError(
                 "TRL gathers the reference of [preference] as a whole, and adds up in 16 bits",
                 "--sharding",
-                "leave it out, or train it with [lora]",
+                "leave it out; with [lora] the reference is the adapters off",
             )
         if kind == "zero2" and recipe.precision != "fp32":
             raise RecipeError(

@@ -95,10 +95,12 @@ def sharded(parts: Mapping[str, float], devices: int = DEVICES, sharding: str = 
     """GiB on each of the devices, from those on one: what is sharded is divided, and so are the completions that are
     sampled; activations and logits are of each device's own micro-batch."""
     divided = (*SHARDINGS[sharding], CACHED)
-    held = {name: gib / devices if name in divided else gib for name, gib in parts.items()}
-    if sharding == "fsdp2" and CACHED in parts:  # RL's own sampler gathers the weights, in the precision of the step
-        held["gathered"] = parts["weights"] - parts["gradients"] or parts["gradients"]
-    return held
+    return {name: gib / devices if name in divided else gib for name, gib in parts.items()}
+
+
+def gathered(parts: Mapping[str, float]) -> float:
+    """GiB of the weights, whole in the precision of the step, that RL's own sampler gathers under FSDP2."""
+    return parts["weights"] - parts["gradients"] or parts["gradients"]
 
 
 def loading(parts: Mapping[str, float]) -> float:

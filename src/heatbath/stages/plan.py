@@ -78,6 +78,7 @@ def plan(recipe: Recipe, stages: tuple[str, ...], command: list[str], launch: La
 
 def _shared(recipe: Recipe, held: dict[str, dict[str, float]], launch: Launch, *, gpu: bool) -> dict[str, Any]:
     """What each of several processes does of a step, and what it holds under each way of sharding."""
+    own_sampler = "rl" if recipe.rl is not None and not recipe.rl.trainer.get("use_vllm") else None
     room = torch.cuda.get_device_properties(0).total_memory / memory.GIB if torch.cuda.is_available() else cost.CAPACITY
     rows = {
         "sft": recipe.sft and (recipe.sft.batch, recipe.sft.micro_batch),
@@ -97,7 +98,12 @@ def _shared(recipe: Recipe, held: dict[str, dict[str, float]], launch: Launch, *
         },
         "memory": {
             stage: {
-                name: round(sum(cost.sharded(parts, launch.processes, name).values()), 1) for name in cost.SHARDINGS
+                name: round(
+                    sum(cost.sharded(parts, launch.processes, name).values())
+                    + (cost.gathered(parts) if name == "fsdp2" and stage == own_sampler else 0.0),
+                    1,
+                )
+                for name in cost.SHARDINGS
             }
             for stage, parts in held.items()
         },
