@@ -102,6 +102,7 @@ def test_an_interval_of_scores_stays_a_score_and_never_has_no_width() -> None:
     assert rated.high == 10.0 and rated.low == pytest.approx(10 - 9 * (1 - 0.025 ** (1 / 8)))
 
 
+@pytest.mark.thorough
 def test_intervals_cover_when_the_question_is_the_unit() -> None:
     """30 questions × 4 runs at a nominal 95 %: t covers 93 to 96 %, the bootstrap 92 to 96 %; pooling the 120 draws as
     independent, below 90 %."""

@@ -114,6 +114,7 @@ def test_stages_one_by_one_are_the_same_run(finished: Path) -> None:
     assert code == 0 and (folder / "runs" / "steps" / "report.html").is_file(), said
 
 
+@pytest.mark.thorough
 def test_dry_run_counts_what_the_run_then_does(finished: Path) -> None:
     done = heatbath("run", "small.toml", "sft.epochs=3", "--dry-run", "--json", cwd=finished.parents[1])
     assert done.returncode == 0, done.stderr

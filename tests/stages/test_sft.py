@@ -331,6 +331,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.thorough
 def test_two_processes_take_the_step_of_one(tmp_path: Path, two_processes: Path, mode: str) -> None:
     """Over gloo, 2 ranks × 2 rows × 2 micro-batches have the gradient of 1 × 8 × 1, under both exact reductions and
     from a cache. test_sharded.py has FSDP2."""
@@ -341,6 +342,7 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path, two_processes: Path,
 
 
 @pytest.mark.parametrize("mode", RL)
+@pytest.mark.thorough
 def test_two_processes_take_the_steps_of_one_in_rl(tmp_path: Path, two_processes: Path, mode: str) -> None:
     """Three groups of four completions, the middle one torn between the ranks: 2 × 3 × 2 against 1 × 4 × 3."""
     from policy_trainers import two_steps
@@ -353,6 +355,7 @@ def test_two_processes_take_the_steps_of_one_in_rl(tmp_path: Path, two_processes
         assert moved > 1e-4 and (found[name] - p).norm() < 1e-5 * moved
 
 
+@pytest.mark.thorough
 def test_two_processes_take_the_steps_of_one_in_preference(tmp_path: Path, two_processes: Path) -> None:
     """UNA of pairs, scores and labels, 2 ranks × 1 row × 2 against 1 × 1 × 4, and a smaller step at the end."""
     from test_preference import two_steps
