@@ -52,29 +52,7 @@ class Launch:
 
     def require_recipe(self, recipe: Recipe, stages: Sequence[str]) -> None:
         """Raises RecipeError where the recipe or its stages do not go with so many processes, on any machine."""
-        kind = self.kind
-        if recipe.lora is not None and kind == "fsdp2":
-            raise RecipeError(
-                "adapters of sharded weights cannot be merged yet",
-                "--sharding",
-                "leave it out: with [lora] gradients and optimizer are small, and the base needs no second copy",
-            )
-        if kind == "fsdp2" and "preference" in stages:
-            raise RecipeError(
-                "TRL gathers the reference of [preference] as a whole, and adds up in 16 bits",
-                "--sharding",
-                "leave it out; with [lora] the reference is the adapters off",
-            )
-        if kind == "zero2" and recipe.precision != "fp32":
-            raise RecipeError(
-                "DeepSpeed keeps the weights themselves in 16 bits, which loses small steps",
-                "precision",
-                'precision = "fp32", or --sharding fsdp2',
-            )
-        if kind == "fsdp2" and "sft" in stages and recipe.sft is not None and recipe.sft.objective.name == "psft":
-            raise RecipeError("psft keeps no old policy of sharded weights", "sft.objective", "train it under DDP")
-        if kind != "ddp" and "rl" in stages and recipe.rl is not None and recipe.rl.policy.name == "relift":
-            raise RecipeError("ReLIFT's second optimizer is not sharded", "rl.policy", "train it under DDP")
+        require_sharding(recipe, stages, self.kind)
         require_shares(recipe, stages, self.processes)
 
     def require(self, recipe: Recipe, stages: Sequence[str]) -> None:
@@ -123,6 +101,10 @@ class Launch:
                 "--gpus, --nodes",
                 "leave them out where torchrun or accelerate has started heatbath",
             )
+        sharded = {"ACCELERATE_USE_FSDP": "fsdp2", "ACCELERATE_USE_DEEPSPEED": "zero2"}
+        for variable, kind in sharded.items():
+            if os.environ.get(variable, "false").lower() == "true":
+                require_sharding(recipe, stages, kind)
         require_shares(recipe, stages, ranks.count())
 
     def command(self, arguments: Sequence[str], *, gpu: bool) -> list[str]:
@@ -189,6 +171,32 @@ def _end_with_parent() -> None:
     if sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+
+
+def require_sharding(recipe: Recipe, stages: Sequence[str], kind: str) -> None:
+    """Raises RecipeError where the recipe or its stages do not go with weights that lie so over the processes."""
+    if recipe.lora is not None and kind == "fsdp2":
+        raise RecipeError(
+            "adapters of sharded weights cannot be merged yet",
+            "--sharding",
+            "leave it out: with [lora] gradients and optimizer are small, and the base needs no second copy",
+        )
+    if kind == "fsdp2" and "preference" in stages:
+        raise RecipeError(
+            "TRL gathers the reference of [preference] as a whole, and adds up in 16 bits",
+            "--sharding",
+            "leave it out; with [lora] the reference is the adapters off",
+        )
+    if kind == "zero2" and recipe.precision != "fp32":
+        raise RecipeError(
+            "DeepSpeed keeps the weights themselves in 16 bits, which loses small steps",
+            "precision",
+            'precision = "fp32", or --sharding fsdp2',
+        )
+    if kind == "fsdp2" and "sft" in stages and recipe.sft is not None and recipe.sft.objective.name == "psft":
+        raise RecipeError("psft keeps no old policy of sharded weights", "sft.objective", "train it under DDP")
+    if kind != "ddp" and "rl" in stages and recipe.rl is not None and recipe.rl.policy.name == "relift":
+        raise RecipeError("ReLIFT's second optimizer is not sharded", "rl.policy", "train it under DDP")
 
 
 def require_shares(recipe: Recipe, stages: Sequence[str], processes: int) -> None:

@@ -275,6 +275,15 @@ def test_a_launcher_that_fails_itself_says_so(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr and "remedy" in done.stderr
 
 
+def test_what_somebody_else_has_started_is_held_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch --config_file fsdp2.yaml -m heatbath …` says so in its processes' environment."""
+    recipe = recipes.parse({"model": "tiny", "data": {"source": "arithmetic"}, "lora": {"rank": 4}})
+    Launch().require_started(recipe, ("sft",))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match="adapters"):
+        Launch().require_started(recipe, ("sft",))
+
+
 def test_machines_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of them with the number 0 would both evaluate, and write the same files."""
     recipe = whole_stages.warm_start("sft", "tiny")
