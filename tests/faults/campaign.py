@@ -289,7 +289,7 @@ def lost_shard(case: Case) -> str | None:
 
 
 def lost_grader(case: Case) -> str | None:
-    """A worker that grades is killed; the run goes on."""
+    """Workers that grade are killed, one after another; the run goes on, or says so where they were too many."""
     process = case.start()
     hit = 0
     ends = time.monotonic() + 0.6 * case.seconds
@@ -300,8 +300,10 @@ def lost_grader(case: Case) -> str | None:
                 with contextlib.suppress(psutil.Error):
                     worker.kill()
                     hit += 1
-    case.ended(process, 0)
-    return f"{hit} graders killed, ended with 0" if hit else None
+    code = case.ended(process, 0, 1)
+    if code and "killed by SIGKILL" not in case.heard:
+        raise FaultError(f"{hit} graders were killed, and it ended for another reason\n{case.heard}")
+    return f"{hit} graders killed, ended with {code}" if hit else None
 
 
 def graders(process: Forked) -> list[psutil.Process]:

@@ -349,6 +349,25 @@ def test_a_failing_warm_up_is_shown() -> None:
         WorkerPool("fail")
 
 
+@pytest.mark.parametrize(("times", "ends"), [(1, "an answer"), (9, "an error")])
+def test_a_worker_that_is_killed_while_it_starts_is_started_again(tmp_path: Path, times: int, ends: str) -> None:
+    """By whoever frees memory, also the very first; three times in a row are no accident."""
+    (tmp_path / "dies.py").write_text(
+        "import os, pathlib, signal\n"
+        f"starts = pathlib.Path({str(tmp_path / 'starts')!r})\n"
+        "starts.open('a').write('x')\n"
+        f"if len(starts.read_text()) <= {times}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def echo(value): return value\n"
+    )
+    with WorkerPool(f"{tmp_path / 'dies.py'}:echo", workers=1) as p:
+        if ends == "an answer":
+            assert values(p, [["x"]]) == ["x"]
+        else:
+            with pytest.raises(HeatbathError, match="killed by SIGKILL"):
+                p.map([["x"]])
+    assert len((tmp_path / "starts").read_text()) == min(times + 1, 3)
+
+
 def test_loading_counts_for_no_deadline() -> None:
     with pool("spin", warm_up=[0.6], deadline=0.3, workers=1) as p:
         assert values(p, [[0.0]]) == [0.0]

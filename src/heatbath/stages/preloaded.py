@@ -1,8 +1,9 @@
 """What the process that cells of a comparison are forked from imports once, so that no cell has to: 8 s saved each."""
 
-import heatbath.stages.pipeline
-import heatbath.stages.preference
-import heatbath.stages.rl
-import heatbath.stages.sft
-import heatbath.stages.shift
-import heatbath.verify.worker  # noqa: F401
+import logging
+from importlib import import_module
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it talks of a package that it misses
+for module in ("pipeline", "preference", "rl", "sft", "shift"):
+    import_module(f"heatbath.stages.{module}")
+import_module("heatbath.verify.worker")

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from heatbath.errors import RunError
 from heatbath.verify.worker import LOW_PRIORITY_AFTER, START_SECONDS, Worker, WorkerLostError
 
-START_ATTEMPTS = 3  # in a row, once a worker of this pool has run; the first failure of all is final
+START_ATTEMPTS = 3  # in a row, once a worker of this pool has run; before, only for those that are killed from outside
 SLOW_AT_ONCE = 16  # tasks that run on beside the workers; past it, a slow task keeps its slot
 
 
@@ -327,7 +327,7 @@ class _Call:
             answer = worker.exchange()
         except WorkerLostError as lost:
             if not worker.ready:
-                self._start_failed(worker, str(lost))
+                self._start_failed(worker, str(lost), killed=lost.killed)
             else:
                 if self._try_again(worker, lost):
                     return
@@ -378,13 +378,13 @@ class _Call:
                 if worker.aside and elapsed >= LOW_PRIORITY_AFTER * pool.slow_after:
                     worker.lower_priority()
 
-    def _start_failed(self, worker: Worker, reason: str) -> None:
+    def _start_failed(self, worker: Worker, reason: str, *, killed: bool = False) -> None:
         pool, printed = self.pool, worker.last_words()
         self._release(worker, usable=False)
         with pool._lock:
             pool._require_open()
             pool._failures += 1
-            if pool._proven and pool._failures < START_ATTEMPTS:
+            if (pool._proven or killed) and pool._failures < START_ATTEMPTS:
                 return
         raise RunError(
             f"a worker process could not load {pool.function} and make its warm-up call: {reason}",
