@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from heatbath.report import drawing, profile_figures, score_figures, scores, training_figures
+from heatbath.report import drawing, grid_figures, profile_figures, score_figures, scores, training_figures
 from heatbath.report.drawing import POLICY_LOOKS, run_looks, spread, swatch, thinned
 from written_runs import shifted
 
@@ -200,3 +200,14 @@ def test_many_k_are_thinned_to_the_first_the_last_and_some_between() -> None:
     assert ks[0] == 1 and ks[-1] == 128 and len(ks) <= 20 and ks == sorted(set(ks))
     few = (["a", "b"], np.array([20, 30]), np.array([3, 5]))
     assert [point[0] for point in scores.curve(few)] == list(range(1, 21))
+
+
+def test_settings_are_labelled_by_what_they_do_not_share() -> None:
+    """The end of a long name is cut off where a label has no room; here it is what tells the settings apart."""
+    names = ["model=tiny beta=5.0", "model=tiny beta=10.0"]
+    assert grid_figures.told_apart(names) == ("model=tiny", {names[0]: "beta=5.0", names[1]: "beta=10.0"})
+    assert grid_figures.told_apart(["sft"]) == ("", {"sft": "sft"})
+    common, labels = grid_figures.told_apart([*names, "model=runs/weak/checkpoints/base beta=5.0"])
+    assert common == "" and len(set(labels.values())) == 3 and all(label.endswith(".0") for label in labels.values())
+    drawn = grid_figures.validation({name: {"validation": [[0, [2.0]], [1, [1.0]]]} for name in names})
+    assert "beta=5.0" in drawn[0] and "beta=10.0" in drawn[0] and "…" not in drawn[0]

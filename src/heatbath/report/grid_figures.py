@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from heatbath.ideas.intervals import mean_with_interval
-from heatbath.report.drawing import POLICY_LOOKS, WIDE, Look, frame, label_ends, run_looks, style, svg
+from heatbath.report.drawing import POLICY_LOOKS, SHORT, WIDE, Look, frame, label_ends, run_looks, style, svg
 from heatbath.report.score_figures import bounds, forest
 
 Found = Mapping[str, Any]
@@ -147,10 +148,22 @@ def _lines(
     return [_one([*shared, *part], there, xlabel, ylabel, share) for part in parts]
 
 
+def told_apart(names: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """What the names of settings have in common, and each without it, if it must be with its end alone: a label has
+    room for little, and the values that vary fastest stand last."""
+    words = [name.split(" ") for name in names]
+    common = [word for word in words[0] if len(names) > 1 and all(word in own for own in words)]
+    without = (" ".join(word for word in own if word not in common) for own in words)
+    left = [short or name for name, short in zip(names, without, strict=True)]
+    ends = [name if len(name) <= SHORT else f"…{name[1 - SHORT :].lstrip()}" for name in left]
+    return " ".join(common), dict(zip(names, ends, strict=True))
+
+
 def _one(names: Sequence[str], there: Mapping[str, Sequence[Any]], xlabel: str, ylabel: str, share: bool) -> str:
     with style():
         figure, axes = frame(WIDE)
         ends = []
+        common, short = told_apart(names)
         for look in run_looks(names):
             rows = there[look.label]
             x = [step for step, _ in rows]
@@ -160,8 +173,10 @@ def _one(names: Sequence[str], there: Mapping[str, Sequence[Any]], xlabel: str, 
                 low, high = np.clip([e.low for e in found], least, None), np.clip([e.high for e in found], None, most)
                 axes.fill_between(x, low, high, color=look.colour, alpha=0.12, linewidth=0)
             axes.plot(x, [e.mean for e in found], color=look.colour, linestyle=look.dash, linewidth=2)
-            ends.append((x[-1], found[-1].mean, look))
+            ends.append((x[-1], found[-1].mean, replace(look, label=short[look.label])))
         axes.set(xlabel=xlabel, ylabel=ylabel)
+        if common:
+            axes.set_title(common)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         label_ends(figure, axes, ends)
         return svg(figure, f"{ylabel} over {xlabel}, mean and 95 % band over seeds, of {', '.join(names)}")
