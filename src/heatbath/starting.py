@@ -12,11 +12,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import psutil
 
-from heatbath.ranks import PATIENCE
 from heatbath.terminal import echo
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 LAUNCHERS = (RuntimeError, ValueError, ImportError, OSError)  # a port in use, machines that do not meet, a wrong file
 
@@ -25,7 +28,6 @@ def start(line: Sequence[str]) -> int:
     """Runs `torchrun …` or `accelerate launch …` in this process; returns 0, or 1 where a process failed or this one
     was told to end."""
     os.environ["LOGLEVEL"] = "CRITICAL"  # of the launcher
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(PATIENCE.total_seconds())))
     from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -42,19 +44,20 @@ def start(line: Sequence[str]) -> int:
     try:
         _launch(line)
     except ChildFailedError as error:
-        told = _killed(error)
+        if (killed := _killed(error)) is not None:
+            _tell(killed, line, "--resume goes on from the last complete checkpoint")
+        return 1
     except api.SignalException:
         return 1
     except LAUNCHERS as error:
-        told = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    else:
-        return 0
-    if told is not None:
-        echo(
-            f"error: {told}\n  where:  {line[0]}\n  remedy: --resume goes on from the last complete checkpoint",
-            err=True,
-        )
-    return 1
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        _tell(first, line, "check the configuration, and that MASTER_ADDR and MASTER_PORT can be reached and are free")
+        return 1
+    return 0
+
+
+def _tell(what: str, line: Sequence[str], remedy: str) -> None:
+    echo(f"error: {what}\n  where:  {line[0]}\n  remedy: {remedy}", err=True)
 
 
 def processes() -> list[psutil.Process]:
@@ -78,11 +81,10 @@ def _launch(line: Sequence[str]) -> None:
         launch.launch_command(launch.launch_command_parser().parse_args(list(line[2:])))
 
 
-def _killed(error: object) -> str | None:
+def _killed(error: ChildFailedError) -> str | None:
     """Which process was killed, if that came first: the others are ended after it."""
-    failures = error.failures  # type: ignore[attr-defined]
-    first = min(failure.timestamp for failure in failures.values())
-    for rank, failure in failures.items():
+    first = min(failure.timestamp for failure in error.failures.values())
+    for rank, failure in error.failures.items():
         if failure.timestamp == first and failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
             return f"process {rank} was killed by {failure.signal_name()}"
     return None
