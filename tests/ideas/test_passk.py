@@ -1,4 +1,4 @@
-"""pass@k, maj@k and the informative share against brute force over subsets."""
+"""pass@k, distinct@k, maj@k and the informative share against brute force over subsets."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from heatbath.ideas.passk import informative_share, majority_at_k, pass_at_k
+from heatbath.ideas.passk import distinct_at_k, informative_share, majority_at_k, pass_at_k
 
 
 @pytest.mark.parametrize("n", [1, 4, 7])
@@ -61,6 +61,31 @@ def brute_majority(answers: list, right: list[bool], k: int) -> float:
         total += ("right" in leaders) / len(leaders) if leaders else 0.0
         count += 1
     return total / count
+
+
+def test_distinct_at_k_is_the_mean_over_subsets() -> None:
+    draw = np.random.default_rng(2)
+    for _ in range(60):
+        n = int(draw.integers(1, 9))
+        written = draw.choice(["a", "b", "c", "d"], size=n).tolist()
+        right = [one in "abc" and bool(draw.integers(0, 2)) for one in written]
+        for k in range(1, n + 1):
+            sets = [{written[i] for i in chosen if right[i]} for chosen in itertools.combinations(range(n), k)]
+            brute = sum(map(len, sets)) / len(sets)
+            assert distinct_at_k([written], [right], k)[0] == pytest.approx(brute, abs=1e-12)
+
+
+def test_distinct_at_k_at_its_ends() -> None:
+    """All alike: pass@k. All different: k times pass@1."""
+    right = [[True, True, False, True, False], [False] * 5]
+    alike, different = [["x"] * 5] * 2, [list("abcde")] * 2
+    for k in (1, 3, 5):
+        assert distinct_at_k(alike, right, k) == pytest.approx(pass_at_k([3, 0], 5, k))
+        assert distinct_at_k(different, right, k) == pytest.approx([k * 3 / 5, 0])
+    with pytest.raises(ValueError, match=r"distinct@6 needs at least 6 samples \(question 0: 5\)"):
+        distinct_at_k(alike, right, 6)
+    with pytest.raises(ValueError, match="question 1 has 5 completions and 4 verdicts"):
+        distinct_at_k(alike, [right[0], right[1][:4]], 2)
 
 
 def test_majority_at_k_is_the_mean_over_subsets_and_ties() -> None:

@@ -295,6 +295,21 @@ def test_the_table_is_that_of_a_computation_by_hand(tmp_path: Path) -> None:
     )
 
 
+def test_right_answers_that_are_alike_count_once(tmp_path: Path) -> None:
+    """Right draws go round three ways of saying it: 2 draws hold 2 different ones, and 4 or 5 hold all 3."""
+
+    def said(policy: str, problem: int, draw: int) -> str:
+        return f"{problem + 1}{' ' * (draw + 1)}by way {draw % 3}\n"
+
+    shares = {"base": 1, "final": 4}
+    runs = {"ways": {seed: written(tmp_path / str(seed), shares, completion=said, seed=seed) for seed in (0, 1)}}
+    found = grid_summary.summarise(runs, "ways")["settings"]["ways"]["distinct"]["test"]
+    assert found["final"]["8"]["mean"] == 3 and list(found["final"]) == ["8"]
+    assert found["base"]["8"]["seeds"] == pytest.approx([4 / 3, 4 / 3]), "a third of the problems has 2 of 8 right"
+    one = runs["ways"][0].read_json("results.json")["policies"]
+    assert one["base"]["distinct"]["8"]["mean"] == pytest.approx(4 / 3)
+
+
 def test_what_the_data_do_not_decide_is_not_ranked(tmp_path: Path) -> None:
     found = grid_summary.summarise(three_by_two(tmp_path), "low")
     said = grid_summary.verdict(found)

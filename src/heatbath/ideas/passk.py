@@ -1,4 +1,4 @@
-"""pass@k, maj@k and the share of informative groups, each without bias from one set of samples.
+"""pass@k, distinct@k, maj@k and the share of informative groups, each without bias from one set of samples.
 
 Q questions, n samples of a question, c of them right; n may differ by question.
 """
@@ -49,6 +49,24 @@ def informative_share(right: ArrayLike, samples: ArrayLike, group: int) -> Float
     """
     c, n = _counted(right, samples)
     return pass_at_k(c, n, group) + pass_at_k(n - c, n, group) - 1.0
+
+
+def distinct_at_k(completions: Sequence[Sequence[Hashable]], right: Sequence[Sequence[bool]], k: int) -> Floats:
+    """distinct@k: how many different right completions k samples drawn without replacement hold, in the mean, [Q].
+
+    Each one that was seen c times of n is among the k with probability pass@k of c, so that their sum has no bias from
+    n; where every right completion is written differently it is k·pass@1. `completions` holds each question's samples,
+    `right` whether each was graded so. Raises ValueError where n < k, and where the two do not fit together.
+    """
+    out = []
+    for question, (written, verdicts) in enumerate(zip(completions, right, strict=True)):
+        if len(written) != len(verdicts):
+            raise ValueError(f"question {question} has {len(written)} completions and {len(verdicts)} verdicts")
+        if k < 1 or len(written) < k:
+            raise ValueError(f"distinct@{k} needs at least {k} samples (question {question}: {len(written)})")
+        seen = Counter(one for one, is_right in zip(written, verdicts, strict=True) if is_right)
+        out.append(sum(_pass_at_k(count, len(written), k) for count in seen.values()))
+    return np.array(out, dtype=float)
 
 
 def majority_at_k(answers: Sequence[Sequence[Hashable]], right: Sequence[Sequence[bool]], k: int) -> Floats:

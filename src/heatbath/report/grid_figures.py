@@ -16,6 +16,7 @@ from heatbath.report.score_figures import bounds, forest
 
 Found = Mapping[str, Any]
 MOST_CURVES = 6  # lines that can be told apart
+LONGEST = 24  # characters of a label beside a figure
 
 
 def of_task(found: Found, settings: Mapping[str, Found], task: str) -> dict[str, str]:
@@ -59,7 +60,10 @@ def starts_and_ends(settings: Mapping[str, Found], task: str, k: int) -> str:
                 axes.plot(estimate["mean"], lift, look.marker, color=look.colour, markersize=6 if last else 5)
                 if last:
                     axes.plot(estimate["seeds"], [lift] * len(estimate["seeds"]), "|", color=look.colour, markersize=7)
-        axes.set_yticks(range(len(settings)), list(settings))
+        common, short = told_apart(list(settings), LONGEST)
+        axes.set_yticks(range(len(settings)), [short[name] for name in settings])
+        if common:
+            axes.set_title(common)
         axes.set(ylim=(len(settings) - 0.5, -0.5), xlabel=f"pass@{k}: end (large), start, base (square)")
         axes.grid(axis="y", visible=False)
         return svg(figure, f"pass@{k} of every setting before and after its last stage, 95 % intervals ({task})")
@@ -148,14 +152,14 @@ def _lines(
     return [_one([*shared, *part], there, xlabel, ylabel, share) for part in parts]
 
 
-def told_apart(names: Sequence[str]) -> tuple[str, dict[str, str]]:
+def told_apart(names: Sequence[str], most: int = SHORT) -> tuple[str, dict[str, str]]:
     """What the names of settings have in common, and each without it, if it must be with its end alone: a label has
-    room for little, and the values that vary fastest stand last."""
+    room for `most` characters, and the values that vary fastest stand last."""
     words = [name.split(" ") for name in names]
     common = [word for word in words[0] if len(names) > 1 and all(word in own for own in words)]
     without = (" ".join(word for word in own if word not in common) for own in words)
     left = [short or name for name, short in zip(names, without, strict=True)]
-    ends = [name if len(name) <= SHORT else f"…{name[1 - SHORT :].lstrip()}" for name in left]
+    ends = [name if len(name) <= most else f"…{name[1 - most :].lstrip()}" for name in left]
     return " ".join(common), dict(zip(names, ends, strict=True))
 
 

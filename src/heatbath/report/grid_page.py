@@ -82,14 +82,22 @@ def _state(found: Found, done: Mapping[str, int]) -> str:
 
 
 def score_rows(settings: Mapping[str, Found], task: str) -> list[list[str]]:
-    """Header and a row per setting and policy: pass@k with intervals over seeds and problems, in the recipe's order."""
-    ks = sorted({int(k) for own in settings.values() for policy in own["tasks"].get(task, {}).values() for k in policy})
-    rows = [["setting", "policy", "seeds", *(f"pass@{k} [95 % interval]" for k in ks)]]
+    """Header and a row per setting and policy: pass@k in the recipe's order, with intervals over seeds and problems;
+    distinct@k of the largest k alone."""
+    ks, most = (_ks(settings, part, task) for part in ("tasks", "distinct"))
+    head = [*(f"pass@{k} [95 % interval]" for k in ks), *(f"distinct@{k}" for k in most)]
+    rows = [["setting", "policy", "seeds", *head]]
     for name, own in settings.items():
         for policy, scores in own["tasks"].get(task, {}).items():
-            cells = [tables.interval(scores[str(k)], alone=ALONE) if str(k) in scores else MISSING for k in ks]
+            different = own["distinct"].get(task, {}).get(policy, {})
+            found = [*(scores.get(str(k)) for k in ks), *(different.get(str(k)) for k in most)]
+            cells = [MISSING if one is None else tables.interval(one, alone=ALONE) for one in found]
             rows.append([name, policy, str(len(own["seeds"])), *cells])
     return rows
+
+
+def _ks(settings: Mapping[str, Found], part: str, task: str) -> list[int]:
+    return sorted({int(k) for own in settings.values() for policy in own[part].get(task, {}).values() for k in policy})
 
 
 def difference_rows(found: Sequence[Found]) -> list[list[str]]:

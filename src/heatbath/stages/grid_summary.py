@@ -45,12 +45,17 @@ def summarise(runs: Runs, baseline: str | None) -> dict[str, Any]:
 
 def _setting(runs: Mapping[int, Run]) -> dict[str, Any]:
     scores: dict[str, dict[str, Any]] = {}
+    different: dict[str, dict[str, Any]] = {}
     for task in _tasks(runs):
         values = _values(runs, task)
         scores[task] = {policy: {str(k): _numbers(x) for k, x in own.values.items()} for policy, own in values.items()}
+        different[task] = {
+            policy: {str(k): _numbers(x, float(k)) for k, x in own.distinct.items()} for policy, own in values.items()
+        }
     return {
         "seeds": list(runs),
         "tasks": scores,
+        "distinct": different,
         "last": _last(runs),
         "readiness": [_informative(run) for run in runs.values()],
         "truncated": _truncated(runs),
@@ -61,9 +66,9 @@ def _setting(runs: Mapping[int, Run]) -> dict[str, Any]:
     }
 
 
-def _numbers(values: Floats) -> dict[str, Any]:
+def _numbers(values: Floats, most: float = 1.0) -> dict[str, Any]:
     """Of [S, Q]: mean with interval, the mean of each seed, and what seeds and problems contribute to the error."""
-    found = crossed(values, bounds=(0.0, 1.0))
+    found = crossed(values, bounds=(0.0, most))
     parts = {"of_seeds": found.of_trainings, "of_problems": found.of_questions}
     each = {key: None if math.isnan(value) else value for key, value in parts.items()}
     return found.estimate.numbers() | {"seeds": values.mean(axis=1).tolist(), "problems": values.shape[1]} | each
@@ -80,11 +85,12 @@ def _tasks(runs: Mapping[int, Run]) -> list[str]:
 
 @dataclass(frozen=True)
 class Scored:
-    """pass@k of a policy, [S, Q] by k, of these seeds and problems."""
+    """pass@k of a policy, [S, Q] by k, of these seeds and problems; and distinct@k of the largest k, if above 1."""
 
     seeds: list[int]
     problems: list[str]
     values: dict[int, Floats]
+    distinct: dict[int, Floats]
 
     def of(self, seeds: Sequence[int], problems: Sequence[str], k: int) -> Floats:
         rows, columns = [self.seeds.index(s) for s in seeds], [self.problems.index(p) for p in problems]
@@ -97,6 +103,7 @@ Values = dict[str, Scored]  # by policy
 def _values(runs: Mapping[int, Run], task: str) -> Values:
     """pass@k of every problem in every seed, by policy. Raises RunError where seeds were asked different problems."""
     found: dict[str, dict[int, Any]] = {}
+    kept: dict[str, dict[int, Any]] = {}
     asked: dict[str, list[str]] = {}
     for seed, run in runs.items():
         results = run.read_json("results.json")
@@ -104,17 +111,20 @@ def _values(runs: Mapping[int, Run], task: str) -> Values:
         if part is None:
             continue
         for policy, scores in part["policies"].items():
-            problems, n, right = scoring.per_problem(scored(run.samples(policy, task), results))
+            rows = scored(run.samples(policy, task), results)
+            problems, n, right = scoring.per_problem(rows)
             if asked.setdefault(policy, problems) != problems:
                 raise RunError("the cells were not asked the same problems", str(run.folder), "evaluate them alike")
             ks = [int(k) for k in scores["pass"]]
             found.setdefault(policy, {})[seed] = {k: pass_at_k(right, n, k) for k in ks}
+            kept.setdefault(policy, {})[seed] = rows
     out: Values = {}
     for policy, by_seed in found.items():
         shared = sorted(set.intersection(*(set(ks) for ks in by_seed.values())))
-        out[policy] = Scored(
-            list(by_seed), asked[policy], {k: np.stack([ks[k] for ks in by_seed.values()]) for k in shared}
-        )
+        values = {k: np.stack([ks[k] for ks in by_seed.values()]) for k in shared}
+        most = [k for k in shared[-1:] if k > 1]
+        distinct = {k: np.stack([scoring.distinct(rows, k) for rows in kept[policy].values()]) for k in most}
+        out[policy] = Scored(list(by_seed), asked[policy], values, distinct)
     return out
 
 

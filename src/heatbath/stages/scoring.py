@@ -18,7 +18,7 @@ from heatbath.ideas.intervals import (
     paired_difference,
     paired_test,
 )
-from heatbath.ideas.passk import majority_at_k, pass_at_k
+from heatbath.ideas.passk import distinct_at_k, majority_at_k, pass_at_k
 from heatbath.run import OWN_TEST
 from heatbath.verify.verdict import JUDGED
 
@@ -82,6 +82,9 @@ def _scores(rows: Samples, ks: Sequence[int], votes: bool) -> dict[str, Any]:
         "samples": len(rows),
         "pass": {str(k): mean_with_interval(pass_at_k(right, n, k), bounds=(0.0, 1.0)).numbers() for k in ks},
         "maj": _majorities(rows, ks) if votes else {},
+        "distinct": {
+            str(k): mean_with_interval(distinct(rows, k), bounds=(0.0, float(k))).numbers() for k in ks if k > 1
+        },
         "truncated_share": 1 - len(done) / len(rows),
         "right_of_finished": float(np.mean([r["status"] == "right" for r in done])) if done else None,
         "mean_tokens": float(np.mean([r["tokens"] for r in rows])),
@@ -134,6 +137,16 @@ def per_problem(rows: Samples) -> Counted:
     right = Counter(r["problem"] for r in rows if r["status"] == "right")
     problems = sorted(n)
     return problems, np.array([n[p] for p in problems]), np.array([right[p] for p in problems])
+
+
+def distinct(rows: Samples, k: int) -> Floats:
+    """distinct@k of each problem, in order of their ids, [Q]; white space tells no two completions apart."""
+    written: dict[str, list[str]] = {}
+    right: dict[str, list[bool]] = {}
+    for row in sorted(rows, key=lambda row: row["problem"]):
+        written.setdefault(row["problem"], []).append(" ".join(row["completion"].split()))
+        right.setdefault(row["problem"], []).append(row["status"] == "right")
+    return distinct_at_k([*written.values()], [*right.values()], k)
 
 
 def _majorities(rows: Samples, ks: Sequence[int]) -> dict[str, Any]:

@@ -1,0 +1,166 @@
+"""How far the starts are from the exact Gibbs start, and what RL makes of them, where all answers are listed.
+
+    python benchmarks/theory.py --bases 40 --out benchmarks/results/theory-NAME.json [--figures docs/images]
+
+Bases of 4 tokens × 4 positions with random next-token logits; n of the 256 answers are valid. The exact start is the
+base lifted so that it takes a valid answer half of the time. Every other start learns from one of the valid answers or
+from all of them, to the least of its loss (SFT: until they cost 0.05 nats more than they must): GIFT and gift_sequence
+at the β and the mass, of a grid, that bring them nearest to the exact start. The formulas are those of
+tests/ideas/enumerable.py. About a minute on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "ideas"))
+
+import numpy as np
+import torch
+from enumerable import (
+    climbed,
+    descended,
+    distance,
+    gibbs,
+    learned,
+    paths,
+    random_base,
+    reward,
+    sequence_mass,
+    token_mass,
+)
+
+from heatbath.ideas.gift import Gift, GiftSequence
+from heatbath.ideas.intervals import mean_with_interval
+from heatbath.report.drawing import frame, label_ends, run_looks, standalone, style, svg
+
+VOCAB, LENGTH, SPREAD = 4, 4, 1.5
+VALID = (1, 2, 4, 8, 16, 32)
+HALF, STRENGTH = 0.5, 3.0  # how often the exact start is right; 1/KL of the RL after it, in nats
+BETAS = [b / 4 for b in range(61)]
+MASSES = [m / 40 for m in range(1, 40)]
+RIGHT = 0.99  # where RL without KL ends
+WARM = ("sft", "gift", "gift_sequence")
+
+
+def of_base(seed: int, valid: int) -> list[dict[str, Any]]:
+    """One row for each start: its gap, its right answers, its paths; the same after RL with KL and without."""
+    base = random_base(VOCAB, LENGTH, SPREAD, torch.Generator().manual_seed(seed))
+    right = random.Random(seed).sample(list(itertools.product(range(VOCAB), repeat=LENGTH)), valid)
+    r = reward(right, base)
+    success = float((base.exp() * r).sum())
+    beta = math.log(HALF / (1 - HALF)) - math.log(success / (1 - success))
+    exact, end = gibbs(base, r, beta), gibbs(base, r, beta + STRENGTH)
+    starts = {("none", "base"): base, ("none", "exact"): exact}
+    for shown, demos in (("one", right[:1]), ("all", right)):
+        starts[shown, "sft"] = descended(base, demos, 0.05)
+        tokens = {b: learned(base, demos, token_mass(Gift(b))) for b in BETAS}
+        whole = {m: learned(base, demos, sequence_mass(GiftSequence(m))) for m in MASSES}
+        starts[shown, "gift"] = min(tokens.values(), key=lambda start: distance(exact, start))
+        starts[shown, "gift_sequence"] = min(whole.values(), key=lambda start: distance(exact, start))
+        starts[shown, "gift, same β"] = learned(base, demos, token_mass(Gift(max(beta, 0.0))))
+    return [
+        {"seed": seed, "valid": valid, "demonstrations": shown, "start": name}
+        | {"gap": distance(exact, start), "right": float((start.exp() * r).sum()), "paths": paths(start, r)}
+        | {"gap after RL": distance(end, gibbs(start, r, STRENGTH))}
+        | {"paths after RL without KL": paths(climbed(start, r, RIGHT), r)}
+        for (shown, name), start in starts.items()
+    ]
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over the bases with 95 % t intervals."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["demonstrations"], row["start"], row["valid"]].append(row)
+    out = []
+    for (shown, name, valid), own in groups.items():
+        found: dict[str, Any] = {"demonstrations": shown, "start": name, "valid": valid}
+        for key in ("gap", "gap after RL", "right", "paths", "paths after RL without KL"):
+            e = mean_with_interval(np.array([row[key] for row in own]))
+            found[key] = {
+                "mean": e.mean,
+                "low": e.low,
+                "high": e.high,
+                "median": statistics.median(r[key] for r in own),
+            }
+        out.append(found)
+    return out
+
+
+def drawn(found: list[dict[str, Any]], key: str, ylabel: str, lines: dict[str, tuple[str, str]]) -> str:
+    """A number over the count of valid answers, one line for each (demonstrations, start)."""
+    with style():
+        figure, axes = frame((4.9, 3.1))
+        ends = []
+        for look in run_looks(list(lines)):
+            own = [row for row in found if (row["demonstrations"], row["start"]) == lines[look.label]]
+            x = [row["valid"] for row in own]
+            axes.fill_between(
+                x, [row[key]["low"] for row in own], [row[key]["high"] for row in own], color=look.colour, alpha=0.12
+            )
+            axes.plot(x, [row[key]["mean"] for row in own], color=look.colour, linestyle=look.dash, marker=look.marker)
+            ends.append((x[-1], own[-1][key]["mean"], look))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(VALID, [str(n) for n in VALID])
+        axes.set(xlabel="valid answers of 256", ylabel=ylabel)
+        label_ends(figure, axes, ends)
+        return standalone(svg(figure, f"{ylabel} over the number of valid answers, 95 % bands over bases"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--bases", type=int, default=40)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--figures", type=Path)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    rows = [row for seed, valid in itertools.product(range(asked.bases), VALID) for row in of_base(seed, valid)]
+    found = summary(rows)
+    for row in found:
+        print(
+            f"{row['demonstrations']:5} {row['start']:14} n={row['valid']:<3}",
+            *(f"{key} {row[key]['mean']:.3f} [{row[key]['low']:.3f}, {row[key]['high']:.3f}]" for key in KEYS),
+        )
+    if asked.out:
+        line = ["git", "rev-parse", "--short", "HEAD"]
+        record = {
+            "command": f"python benchmarks/theory.py --bases {asked.bases}",
+            "commit": subprocess.run(line, capture_output=True, text=True, check=False).stdout.strip(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "seconds": round(time.monotonic() - started, 1),
+            "summary": found,
+            "rows": rows,
+        }
+        asked.out.write_text(json.dumps(record) + "\n")
+    if asked.figures:
+        gaps = {f"{name}, {shown}": (shown, name) for shown in ("one", "all") for name in WARM}
+        (asked.figures / "theory-gap.svg").write_text(drawn(found, "gap", "KL(exact ‖ start), nats", gaps))
+        (asked.figures / "theory-gap-after-rl.svg").write_text(
+            drawn(found, "gap after RL", "KL(exact end ‖ end), nats", gaps)
+        )
+        kept = {"exact": ("none", "exact"), "base": ("none", "base")}
+        kept |= {f"{name}, all": ("all", name) for name in WARM}
+        (asked.figures / "theory-paths.svg").write_text(
+            drawn(found, KEYS[-1], "valid answers kept, RL without KL", kept)
+        )
+
+
+KEYS = ("gap", "gap after RL", "right", "paths", "paths after RL without KL")
+
+if __name__ == "__main__":
+    main()
