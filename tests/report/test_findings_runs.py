@@ -1,6 +1,6 @@
 """Real runs of the tiny base, each of which something is wrong with, and one in which nothing is.
 
-The base solves a seventh of the sums, in several forms, and pass@8 of it is 0.7.
+The base solves a fifth of the sums, in several forms, and pass@8 of it is 0.7.
 """
 
 import json
@@ -50,15 +50,15 @@ def test_a_run_without_faults_has_no_findings(tiny_base: str, tmp_path: Path) ->
 
 
 def test_a_start_that_copies_a_few_demonstrations_has_lost_the_others_ways(tiny_base: str, tmp_path: Path) -> None:
-    """SFT for 20 epochs on 24 sums: pass@1 hardly falls, pass@8 to a third, validation NLL doubles."""
+    """SFT for 20 epochs on 24 sums: pass@1 falls to a half, pass@8 to a third, validation NLL doubles."""
     found, seen = seen_in(
         tmp_path,
-        data=arithmetic(["tens"], demos=24, test=40, prompts=0),
+        data=arithmetic(["tens"], demos=24, test=100, prompts=0),
         sft={"lr": 1e-3, "epochs": 20, "batch": 12, "micro_batch": 12},
         eval={**SAMPLES, "max_new_tokens": 28},
     )
     assert found.keys() == {"over-constrained", "late checkpoint"}
-    assert found["over-constrained"].number < 0.8
+    assert found["over-constrained"].number < 0.9
     shares = [right.sum() / samples.sum() for _, samples, right in (seen.right["base"], seen.right["init"])]
     assert (
         f"{shares[0]:.3f} → " in found["over-constrained"].says
@@ -69,12 +69,12 @@ def test_a_start_that_copies_a_few_demonstrations_has_lost_the_others_ways(tiny_
 
 
 def test_a_start_that_left_the_base_and_an_rl_that_makes_nothing_of_it(tiny_base: str, tmp_path: Path) -> None:
-    """SFT for 32 epochs on 16 sums in a form that the base does not know: validation NLL falls by half, the entropy by
+    """SFT for 48 epochs on 16 sums in a form that the base does not know: validation NLL falls by half, the entropy by
     more; RL cuts every completion and so has no signal."""
     found, _ = seen_in(
         tmp_path,
-        data=arithmetic(["round"], demos=16, test=24),
-        sft={"lr": 2e-3, "epochs": 32, "batch": 8, "micro_batch": 8},
+        data=arithmetic(["round"], demos=16, test=80),
+        sft={"lr": 2e-3, "epochs": 48, "batch": 8, "micro_batch": 8},
         rl={**RL, "lr": 1e-6, "max_new_tokens": 4},
         eval={**SAMPLES, "max_new_tokens": 24},
     )

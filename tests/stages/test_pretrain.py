@@ -63,13 +63,19 @@ def test_a_base_is_made_once_and_its_content_names_it(tmp_path: Path, monkeypatc
 
 @pytest.mark.thorough
 def test_made_again_it_is_the_same_bit_for_bit(tmp_path: Path, monkeypatch) -> None:
-    recipe, found = recipes.load("base-tiny", SMALLER), []
-    for name in ("a", "b"):
-        monkeypatch.setenv("HEATBATH_CACHE", str(tmp_path / f"cache-{name}"))
-        run = Run.create(tmp_path / name, recipe)
-        run_pretrain(run, recipe, Progress(quiet=True))
-        found.append(load_file(run.checkpoint("base") / "model.safetensors"))
-    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+    """However many threads the process has, which it keeps."""
+    recipe, found, own = recipes.load("base-tiny", [*SMALLER, "pretrain.width=160"]), [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            monkeypatch.setenv("HEATBATH_CACHE", str(tmp_path / f"cache-{threads}"))
+            run = Run.create(tmp_path / str(threads), recipe)
+            torch.set_num_threads(threads)
+            run_pretrain(run, recipe, Progress(quiet=True))
+            assert torch.get_num_threads() == threads
+            found.append(load_file(run.checkpoint("base") / "model.safetensors"))
+    finally:
+        torch.set_num_threads(own)
+    assert all(torch.equal(one[n], found[0][n]) for one in found for n in one)
 
 
 @pytest.mark.parametrize("text", ["What is 47 + 38?\n47 + 38 = 85", 'every {character} of "ASCII" ~ survives', "a  b"])
