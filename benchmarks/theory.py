@@ -61,7 +61,7 @@ def of_base(seed: int, valid: int) -> list[dict[str, Any]]:
     right = random.Random(seed).sample(list(itertools.product(range(VOCAB), repeat=LENGTH)), valid)
     r = reward(right, base)
     success = float((base.exp() * r).sum())
-    beta = math.log(HALF / (1 - HALF)) - math.log(success / (1 - success))
+    beta = max(0.0, math.log(HALF / (1 - HALF)) - math.log(success / (1 - success)))
     exact, end = gibbs(base, r, beta), gibbs(base, r, beta + STRENGTH)
     starts = {("none", "base"): base, ("none", "exact"): exact}
     for shown, demos in (("one", right[:1]), ("all", right)):
@@ -70,7 +70,7 @@ def of_base(seed: int, valid: int) -> list[dict[str, Any]]:
         whole = {m: learned(base, demos, sequence_mass(GiftSequence(m))) for m in MASSES}
         starts[shown, "gift"] = min(tokens.values(), key=lambda start: distance(exact, start))
         starts[shown, "gift_sequence"] = min(whole.values(), key=lambda start: distance(exact, start))
-        starts[shown, "gift, same β"] = learned(base, demos, token_mass(Gift(max(beta, 0.0))))
+        starts[shown, "gift, same β"] = learned(base, demos, token_mass(Gift(beta)))
     return [
         {"seed": seed, "valid": valid, "demonstrations": shown, "start": name}
         | {"gap": distance(exact, start), "right": float((start.exp() * r).sum()), "paths": paths(start, r)}

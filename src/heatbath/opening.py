@@ -106,7 +106,7 @@ def open_run(
     redone = _redone(stages) if how.fresh else ()
     changed = _require_allowed_changes(run, how, redone)
     if not dry:
-        if any("eval" in readers(key) for key in changed) and redone:
+        if any("eval" in readers(key, recipe) for key in changed) and redone:
             run.forget("eval")
         for stage in reversed(redone):
             run.forget(stage)
@@ -172,7 +172,7 @@ def _require_allowed_changes(run: Run, how: Opening, redone: tuple[str, ...]) ->
         )
     for key in changed:
         done = redone if not redone else (*redone, "eval")
-        stale = [stage for stage in readers(key) if stage not in done and run.finished(stage)]
+        stale = [stage for stage in readers(key, run.recipe) if stage not in done and run.finished(stage)]
         if stale:
             command = stale[0] if stale[0] in ("sft", "rl", "eval") else "run"
             raise RecipeError(
@@ -183,13 +183,13 @@ def _require_allowed_changes(run: Run, how: Opening, redone: tuple[str, ...]) ->
     return changed
 
 
-def readers(key: str) -> tuple[str, ...]:
+def readers(key: str, recipe: Recipe) -> tuple[str, ...]:
     """The stages whose result a key of the recipe changes."""
-    return (
-        ()
-        if key in FREE or key.startswith(tuple(f"{free}." for free in FREE))
-        else READ_BY.get(key.partition(".")[0], STAGES)
-    )
+    if key in FREE or key.startswith(tuple(f"{free}." for free in FREE)):
+        return ()
+    table = key.partition(".")[0]
+    graded = table == "reward" and recipe.sft is not None and recipe.sft.replay is not None and recipe.sft.replay.beta
+    return (*(("sft",) if graded else ()), *READ_BY.get(table, STAGES))
 
 
 def _accept(run: Run, changed: dict[str, tuple[Any, Any]], say: Callable[[str], None]) -> None:
@@ -197,7 +197,7 @@ def _accept(run: Run, changed: dict[str, tuple[Any, Any]], say: Callable[[str], 
     if not changed:
         return
     for stage in STAGES:
-        read = [key for key in changed if stage in readers(key)]
+        read = [key for key in changed if stage in readers(key, run.recipe)]
         if read and not run.finished(stage) and run.begun(stage):
             say(f"{stage}: what was begun under another {', '.join(read)} is dropped; the stage begins again")
             run.forget(stage)

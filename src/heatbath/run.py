@@ -208,6 +208,7 @@ class Run:
         self._keep_rows("metrics.jsonl", lambda row: row["stage"] != stage)
         if stage == "sft":
             (self.folder / "surprise.json").unlink(missing_ok=True)
+            (self.folder / "replay.json").unlink(missing_ok=True)
         elif stage == "rl":
             (self.folder / "readiness.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder / "verl", ignore_errors=True)  # made anew at every start

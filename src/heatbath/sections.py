@@ -28,6 +28,7 @@ from heatbath.data_sections import (
 )
 from heatbath.eval_sections import Eval
 from heatbath.models import TrustedName
+from heatbath.replay_section import Replay
 
 INERT = "inert"  # a key of pydantic's context: the recipe is only read, and imports no code that it names
 SHIPPED_PREFERENCES = ("sums", "sums-labelled")
@@ -167,6 +168,7 @@ class SFT(Optimizer):
 
     More than 1 % of rows longer than `max_length` is an error unless `truncate`. `packing` lays the sequences of a
     micro-batch end to end instead of padding them; none sees another. `trainer` holds any field of `trl.SFTConfig`.
+    `replay` adds answers of the base's own.
     """
 
     objective: ObjectiveSpec = Field(default_factory=lambda: ObjectiveSpec(name="sft"))
@@ -182,6 +184,7 @@ class SFT(Optimizer):
     max_length: Annotated[Whole, Field(ge=2)] = 8192
     truncate: Switch = False
     packing: Switch = False
+    replay: Replay | None = None
     log_every: Positive = 1
     trainer: dict[str, Any] = {}
 

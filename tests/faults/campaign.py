@@ -182,7 +182,7 @@ def killed(case: Case) -> str | None:
 
 
 def interrupted(case: Case, number: signal.Signals = signal.SIGTERM, *, twice: bool = False) -> str | None:
-    process = case.start()
+    process, started = case.start(), time.time()
     if not case.while_it_runs(process):
         return late(case, process)
     process.kill(number)
@@ -192,7 +192,7 @@ def interrupted(case: Case, number: signal.Signals = signal.SIGTERM, *, twice: b
             process.kill(number)
     code = case.ended(process, 130, -number, 0)  # −number: before heatbath could listen
     if code == 130 and not twice:
-        nothing_lost(case)
+        nothing_lost(case, started)
     return f"ended with {code}"
 
 
@@ -208,11 +208,12 @@ def impatient(case: Case) -> str | None:
     return interrupted(case, twice=True)
 
 
-def nothing_lost(case: Case) -> None:
-    """After an interruption the newest checkpoint of the stage in progress holds its last logged step."""
+def nothing_lost(case: Case, since: float) -> None:
+    """After an interruption the newest checkpoint of the stage in progress holds the last step logged `since` then: the
+    rows of a process that was ended at once before lie there until the stage begins again."""
     working = [p for p in (case.out / "checkpoints").glob(".*") if not p.name.endswith((".unfinished", ".removed"))]
     for stage in working:
-        steps = [row["step"] for row in rows(case.out) if row["stage"] == stage.name[1:]]
+        steps = [row["step"] for row in rows(case.out) if row["stage"] == stage.name[1:] and row["time"] >= since]
         kept = [int(p.name.rpartition("-")[2]) for p in stage.glob("checkpoint-*") if (p / "complete").is_file()]
         if steps and max(kept, default=0) < max(steps):
             raise FaultError(f"{stage.name}: step {max(steps)} was logged, and the newest checkpoint is {kept}")

@@ -240,7 +240,8 @@ def _done(cell: Cell, comparison: Comparison) -> bool:
     results = run.read_json("results.json")
     if results is None or results.get("incomplete"):
         return False
-    if any(readers(key) for key in recipes.changes(run.recipe, cell.recipe(comparison.path))):
+    wanted = cell.recipe(comparison.path)
+    if any(readers(key, wanted) for key in recipes.changes(run.recipe, wanted)):
         return False
     return not _wants_shift(cell, comparison) or len(run.policies) < 2 or (cell.folder / "shift.json").is_file()
 

@@ -28,7 +28,7 @@ from heatbath.run import CHECKPOINTS, STAGES, Run, is_run
 
 # Keys whose values say what they are.
 SHORT = {"strategy", "sft.objective", "sft.objective.name", "rl.policy", "rl.policy.name"}
-MEASURED = {"sft": ("surprise.json",), "rl": ("readiness.json",)}  # what a stage leaves beside its policy
+MEASURED = {"sft": ("surprise.json", "replay.json"), "rl": ("readiness.json",)}  # what a stage leaves beside its policy
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def keys_of(recipe: Recipe, stage: str) -> str:
     read, and the content of files of one's own that they name."""
     before = STAGES[: STAGES.index(stage) + 1]
     flat = recipes.flat(recipe.model_dump(mode="json"))
-    own = {key: value for key, value in flat.items() if set(readers(key)) & set(before)}
+    own = {key: value for key, value in flat.items() if set(readers(key, recipe)) & set(before)}
     tables = {s: getattr(recipe, s) is not None for s in before}
     return json.dumps([own, tables, _contents(own.values())], sort_keys=True, ensure_ascii=False)
 

@@ -111,6 +111,8 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
         if policy_of(recipe.rl).needs_demonstrations:
             checks.demonstrations(tokenizer, splits.prompts, recipe)
     asked = [s for stage, s in (("rl", "prompts"), ("eval", "test")) if stage in stages]
+    if "sft" in stages and recipe.sft is not None and recipe.sft.replay is not None and recipe.sft.replay.beta:
+        asked.append("demos")  # a verifier weighs the base's answers to these
     if asked:
         require_rewards(recipe)
     with grader_of(recipe.reward) as grader:

@@ -18,7 +18,7 @@ from heatbath.launch import Launch
 from heatbath.opening import Opening, open_run
 from heatbath.ranks import micro_batches
 from heatbath.recipe import Recipe
-from heatbath.stages import cost, memory, pipeline, rl, sft
+from heatbath.stages import cost, memory, pipeline, replay, rl, sft
 from heatbath.stages.exams import exams
 
 ALONE = Launch()
@@ -45,8 +45,11 @@ def plan(recipe: Recipe, stages: tuple[str, ...], command: list[str], launch: La
         out["sft"] = {
             "objective": recipe.sft.objective.model_dump(),
             **_tokens(demos, tokenizer.eos_token_id),
-            "steps": sft.total_steps(recipe.sft, len(demos)),
+            "steps": sft.total_steps(recipe.sft, replay.count(recipe, splits.demos)),
         }
+        if recipe.sft.replay is not None:
+            out["sft"]["replay"] = replay.planned(recipe, tokenizer, splits.demos)
+            longest = max(longest, out["sft"]["replay"]["longest"])
     if "preference" in stages:
         out["preference"] = _preference(recipe, splits, tokenizer)
     if "rl" in stages:
@@ -115,7 +118,9 @@ def _work(recipe: Recipe, found: dict[str, Any], parameters: int, prompt: float)
     work: dict[str, cost.Work] = {}
     if "sft" in found:
         s = found["sft"]
-        work["sft"] = cost.sft_work(recipe, parameters, s["tokens"], s["steps"], found["rows"]["demos"])
+        more = s.get("replay", {"answers": 0, "most_tokens": 0})
+        tokens, rows = s["tokens"] + more["most_tokens"], found["rows"]["demos"] + more["answers"]
+        work["sft"] = cost.sft_work(recipe, parameters, tokens, s["steps"], rows)
     if "preference" in found:
         p = found["preference"]
         assert recipe.preference is not None
@@ -222,6 +227,9 @@ def show(found: dict[str, Any]) -> str:
             f"          {s['truncated']:,} of {total:,} truncated ({s['truncated'] / total:.1%}), "
             f"{s['ends_with_eos']:,} end in a supervised EOS",
         ]
+        if "replay" in s:
+            r, only = s["replay"], ", and no demonstration" if s["replay"]["alone"] else ""
+            lines.append(f"          {r['answers']:,} answers of the base of at most {r['longest']:,} tokens{only}")
     if "preference" in found:
         p = found["preference"]
         lines += [

@@ -18,6 +18,7 @@ from heatbath import models, ranks
 from heatbath.data import checks, sources
 from heatbath.data.rendering import Rendered
 from heatbath.ideas.objectives import objective
+from heatbath.ideas.replay import Replayed
 from heatbath.ideas.statistics import Objective
 from heatbath.progress import Progress
 from heatbath.recipe import SFT, Recipe
@@ -26,6 +27,7 @@ from heatbath.run import Run
 from heatbath.sections import Preference, Pretrain
 from heatbath.stages.measuring import MeasuredBase, require_columns, settle
 from heatbath.stages.objective_trainer import ObjectiveTrainer
+from heatbath.stages.replay import unreplayed, with_replay
 from heatbath.stages.training import (
     RowCollator,
     log_to_run,
@@ -62,6 +64,10 @@ def run_sft(run: Run, recipe: Recipe, progress: Progress) -> None:
     rows = [*demos, *validation]
     base.fill(goal, rows, progress)
     goal = settle(run, base, tokenizer, goal, demos, kinds, progress)
+    if settings.replay is not None:
+        demos = with_replay(run, recipe, tokenizer, splits.demos, demos, getattr(goal, "columns", ()), progress)
+        validation, goal = unreplayed(validation), Replayed(goal)
+        rows = [*demos, *validation]
     base.fill(goal, rows, progress)
     with run.new_checkpoint("init") as folder:
         trainer = build_trainer(run, recipe, model, tokenizer, goal, demos, validation, base.reference())

@@ -196,6 +196,8 @@ def sft_keys(recipe: Recipe, rows: int) -> tuple[dict[str, Any], list[str]]:
         raise RecipeError("[sft.trainer] and [lora] are not carried over to verl", "sft", trl)
     if settings.schedule == "linear":
         raise RecipeError("verl has no linear schedule", "sft.schedule", "constant or cosine")
+    if settings.replay is not None:
+        raise RecipeError("answers of the base are not written for verl", "sft.replay", trl)
     if settings.splits != ["demos"]:
         raise RecipeError("only demonstrations are written for verl", "sft.splits", trl)
     of_an_epoch = rows // settings.batch

@@ -1,0 +1,74 @@
+"""The wrapper that learns answers of the base beside an objective's demonstrations."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from enumerable import conditionals, joined, random_base
+from formulas import EXACT, Tokens, gradient, loss, same, tokens
+
+from heatbath.ideas.gift import Gift, GiftSequence, Schedule
+from heatbath.ideas.objectives import Psft, Sft
+from heatbath.ideas.replay import Replayed
+from heatbath.ideas.statistics import TokenStats
+
+
+def half_replayed() -> tuple[Tokens, torch.Tensor]:
+    """Tokens of which the second and the last sequence are answers of the base, with weights 0.5 and 2."""
+    t = tokens()
+    weight = torch.zeros(len(t.y), dtype=torch.float64)
+    weight[t.segments == 1], weight[t.segments == t.segments.max()] = 0.5, 2.0
+    t.columns["replay"] = weight
+    return t, weight
+
+
+@pytest.mark.parametrize("goal", [Sft(), Gift(4.0), GiftSequence(0.3)])
+def test_demonstrations_have_their_loss_and_answers_weighted_nll(goal) -> None:
+    t, weight = half_replayed()
+    whole = loss(Replayed(goal), t)
+    expected = torch.where(weight > 0, weight * -t.logp, loss(goal, t))
+    same(whole, expected, t)
+    assert gradient(whole, t)[weight > 0].abs().sum() > 0
+
+
+def test_the_two_parts_are_the_cross_entropy_to_the_sequence_target() -> None:
+    """Every answer listed: m·nll(y*) + (1 − m)·Σ_y p_base(y)·nll(y) = H((1 − m)·p_base + m·δ, π), for any policy."""
+    m, base, expert = 0.3, random_base(3, 3, 1.5, torch.Generator().manual_seed(0)), (0, 2, 1)
+    policy = random_base(3, 3, 1.5, torch.Generator().manual_seed(1))
+    target = (1 - m) * base.exp()
+    target[expert] += m
+    answers = list(itertools.product(range(3), repeat=3))
+    steps = conditionals(policy)
+
+    def nll(y: tuple[int, ...]) -> torch.Tensor:
+        return -torch.stack([c[y[: t + 1]] for t, c in enumerate(steps)])
+
+    rows = [(expert, 0.0), *((y, (1 - m) / m * float(base[y].exp())) for y in answers)]
+    parts = [
+        Replayed(Sft())(TokenStats(logp=-nll(y), columns={"replay": torch.full((3,), w, dtype=torch.float64)}))
+        for y, w in rows
+    ]
+    assert float(m * torch.cat(parts).sum()) == pytest.approx(float((target * -joined(steps)).sum()), rel=1e-12)
+
+
+def test_it_has_what_its_objective_has_and_nothing_else() -> None:
+    plain, moving = Replayed(Sft()), Replayed(Gift(Schedule(20.0, 5.0, 10)))
+    assert not any(hasattr(plain, name) for name in ("at", "target_mass", "sequence_weights", "diagnostics", "refresh"))
+    assert plain.needs == ("logp",) and plain.columns == ("replay",)
+    assert moving.at(10) == Replayed(Gift(5.0)) == moving.most_cautious()
+    assert set(Replayed(Gift(3.0)).needs) == {"logp", "ref_ce", "ref_logp"}
+    old = Replayed(Psft(refresh=7))
+    assert old.refresh == 7 and set(old.columns) == {*Psft(refresh=7).columns, "replay"}
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = plain.nonsense
+
+
+def test_answers_of_the_base_need_no_base() -> None:
+    """Their target lies on the token, so that a surprise cache keeps no hidden state of them."""
+    t, weight = half_replayed()
+    stats = TokenStats(vocab_size=t.z.shape[-1], ref_logp=t.ref_logp, columns=t.columns)
+    mass = Replayed(Gift(4.0)).target_mass(stats)
+    assert (mass[weight > 0] == 1).all()
+    torch.testing.assert_close(mass[weight == 0], Gift(4.0).target_mass(stats)[weight == 0], **EXACT)
+    assert math.isclose(float(mass.min()), float(Gift(4.0).target_mass(stats)[weight == 0].min()))
