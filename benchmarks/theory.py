@@ -6,7 +6,7 @@ Bases of 4 tokens × 4 positions with random next-token logits; n of the 256 ans
 base lifted so that it takes a valid answer half of the time. Every other start learns from one of the valid answers or
 from all of them, to the least of its loss (SFT: until they cost 0.05 nats more than they must): GIFT and gift_sequence
 at the β and the mass, of a grid, that bring them nearest to the exact start. The formulas are those of
-tests/ideas/enumerable.py. About a minute on one core.
+tests/ideas/enumerable.py. About ten minutes on one core.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ BETAS = [b / 4 for b in range(61)]
 MASSES = [m / 40 for m in range(1, 40)]
 RIGHT = 0.99  # where RL without KL ends
 WARM = ("sft", "gift", "gift_sequence")
+SHORT = {"gift_sequence": "sequence"}
 
 
 def of_base(seed: int, valid: int) -> list[dict[str, Any]]:
@@ -125,8 +126,11 @@ def main() -> None:
     parser.add_argument("--bases", type=int, default=40)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--figures", type=Path)
+    parser.add_argument("--read", type=Path, help="a file of --out, whose figures are drawn again")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    if asked.read:
+        return draw(json.loads(asked.read.read_text())["summary"], asked.figures)
     started = time.monotonic()
     rows = [row for seed, valid in itertools.product(range(asked.bases), VALID) for row in of_base(seed, valid)]
     found = summary(rows)
@@ -146,18 +150,31 @@ def main() -> None:
             "summary": found,
             "rows": rows,
         }
-        asked.out.write_text(json.dumps(record) + "\n")
+        asked.out.write_text(json.dumps(rounded(record)) + "\n")
     if asked.figures:
-        gaps = {f"{name}, {shown}": (shown, name) for shown in ("one", "all") for name in WARM}
-        (asked.figures / "theory-gap.svg").write_text(drawn(found, "gap", "KL(exact ‖ start), nats", gaps))
-        (asked.figures / "theory-gap-after-rl.svg").write_text(
-            drawn(found, "gap after RL", "KL(exact end ‖ end), nats", gaps)
-        )
-        kept = {"exact": ("none", "exact"), "base": ("none", "base")}
-        kept |= {f"{name}, all": ("all", name) for name in WARM}
-        (asked.figures / "theory-paths.svg").write_text(
-            drawn(found, KEYS[-1], "valid answers kept, RL without KL", kept)
-        )
+        draw(found, asked.figures)
+
+
+def draw(found: list[dict[str, Any]], folder: Path) -> None:
+    """The figures of docs/results/theory.md."""
+    gaps = {f"{SHORT.get(name, name)}, {shown}": (shown, name) for shown in ("one", "all") for name in WARM}
+    kept = {"exact": ("none", "exact"), "base": ("none", "base")}
+    kept |= {label: which for label, which in gaps.items() if which[0] == "all"}
+    for name, key, said, lines in (
+        ("gap", "gap", "KL(exact ‖ start), nats", gaps),
+        ("gap-after-rl", "gap after RL", "KL(exact end ‖ end), nats", gaps),
+        ("paths", KEYS[-1], "valid answers kept, RL without KL", kept),
+    ):
+        (folder / f"theory-{name}.svg").write_text(drawn(found, key, said, lines))
+
+
+def rounded(value: Any) -> Any:
+    """The same with six digits of every number."""
+    if isinstance(value, dict):
+        return {key: rounded(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [rounded(own) for own in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 KEYS = ("gap", "gap after RL", "right", "paths", "paths after RL without KL")
