@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,6 +39,21 @@ def listen() -> None:
             tell(lost)
 
     sys.unraisablehook = once_more
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Whatever listens to SIGINT and SIGTERM at its end is replaced by what did at its beginning."""
+    if threading.current_thread() is not threading.main_thread():  # only that one hears signals
+        yield
+        return
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            if handler is not None:  # None: not Python's own
+                signal.signal(number, handler)
 
 
 def _stop(*_: object) -> None:

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from heatbath import ranks, samples
 from heatbath import recipe as recipes
 from heatbath.errors import BusyError, RecipeError, RunError
+from heatbath.interruption import handlers_kept
 from heatbath.models import TrustedName
 from heatbath.recipe import Recipe
 
@@ -247,12 +248,13 @@ class Run:
                 "--fresh trains it again, or choose another --out",
             )
         unfinished = final.with_name(f".{policy}.unfinished")
-        self._begin(unfinished, stage)
-        ranks.wait()
-        yield unfinished
-        ranks.wait()
-        self._end(unfinished, final, stage)
-        ranks.wait()
+        with handlers_kept():  # training leaves one that puts an interruption off until the policy has its name
+            self._begin(unfinished, stage)
+            ranks.wait()
+            yield unfinished
+            ranks.wait()
+            self._end(unfinished, final, stage)
+            ranks.wait()
 
     @ranks.by_first
     def _begin(self, unfinished: Path, stage: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,12 @@ from pathlib import Path
 import pytest
 from jinja2 import Environment
 
+from heatbath import recipe as recipes
 from heatbath import samples
+from heatbath.progress import Progress
+from heatbath.run import Run
+from heatbath.stages import sft
+from heatbath.stages.pipeline import run_stage
 from heatbath.stages.scoring import correct, summarise
 from mistakes import call
 
@@ -155,3 +161,27 @@ def test_an_evaluation_cut_off_in_the_middle_ends_as_if_it_had_not_been(finished
         assert untimed == [{k: v for k, v in row.items() if k != "seconds"} for row in sorted(rows, key=key)]
     finally:
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("when", ["save_policy", "to_disk"])
+def test_an_interruption_after_the_last_step_waits_for_the_policy(
+    small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """With save_every = 0 there is no checkpoint: ended at once, the whole stage would be lost."""
+    (tmp_path / "r.toml").write_text(RECIPE.format(base=small_base))
+    made = recipes.load(tmp_path / "r.toml", ["sft.save_every=0"])
+    run, said, progress = Run.create(tmp_path / "run", made), [], Progress(quiet=True)
+    progress.say = said.append
+    module = sft if when == "save_policy" else sys.modules[Run.__module__]
+    real = getattr(module, when)
+
+    def told_meanwhile(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(*arguments)
+
+    monkeypatch.setattr(module, when, told_meanwhile)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage("sft", run, made, progress)
+    assert run.finished("sft") and any("interrupted" in line for line in said)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before

@@ -50,7 +50,7 @@ def run_stage(stage: str, run: Run, recipe: Recipe, progress: Progress) -> dict[
     if ranks.first():
         require_room(run, recipe, stage)
     results = _run_stage(stage, run, recipe, progress)
-    if progress.interrupted:  # so late that the stage came to its end
+    if any(ranks.gathered(progress.interrupted)):  # so late that the stage came to its end
         raise KeyboardInterrupt
     return results
 

@@ -12,8 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -101,7 +100,8 @@ def log_to_run(trainer: Trainer, run: Run, stage: str, progress: Progress, show:
 
 def train(trainer: Any, run: Run, stage: str, progress: Progress) -> None:
     """Trains from the beginning, or from the stage's last whole checkpoint where there is one. An interruption (SIGINT,
-    SIGTERM) lets the step in flight end and saves it; a second one ends at once. Raises KeyboardInterrupt then."""
+    SIGTERM) lets the step in flight end and saves it; a second one ends at once. Raises KeyboardInterrupt then. One
+    that comes after the last step is put off until `Run.new_checkpoint` has saved the policy."""
     checkpoint = ranks.agreed(lambda: run.last_checkpoint(stage, progress.say))
     if checkpoint is not None:
         require_data(checkpoint)
@@ -114,8 +114,8 @@ def train(trainer: Any, run: Run, stage: str, progress: Progress) -> None:
         # The end of an epoch is saved before it is evaluated, and rows logged after a checkpoint do not outlive it.
         trainer.args.eval_on_start = _ends_epoch(trainer.args, len(trainer.train_dataset), checkpoint)
         trainer.carry_on(torch.load(checkpoint / CARRIED, weights_only=True))
-    with stopping.listening():
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    stopping.listen()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stopping.stopped:
         raise KeyboardInterrupt
 
@@ -265,17 +265,11 @@ class _StopAfterStep(TrainerCallback):
         self.progress, self.asked, self.stopped, self.heard = progress, False, False, 0.0
         self.window = max(1, getattr(args, "steps_per_generation", 1) // args.gradient_accumulation_steps)
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():  # only that one hears signals
-            yield
-            return
-        former = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
+    def listen(self) -> None:
+        """From here on, until somebody else does."""
+        if threading.current_thread() is threading.main_thread():  # only that one hears signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
@@ -285,7 +279,7 @@ class _StopAfterStep(TrainerCallback):
         self.asked, self.heard = True, time.monotonic()
         self.progress.interrupted = True
         self.progress.say(
-            "interrupted: the step in flight is finished and saved (once more after "
+            "interrupted: the step in flight is finished and saved, after the last one the policy (once more after "
             f"{ONE_INTERRUPTION:g} seconds ends at once)"
         )
 
