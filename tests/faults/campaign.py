@@ -182,6 +182,7 @@ def killed(case: Case) -> str | None:
 
 
 def interrupted(case: Case, number: signal.Signals = signal.SIGTERM, *, twice: bool = False) -> str | None:
+    before = checkpoints(case)
     process, started = case.start(), time.time()
     if not case.while_it_runs(process):
         return late(case, process)
@@ -192,7 +193,7 @@ def interrupted(case: Case, number: signal.Signals = signal.SIGTERM, *, twice: b
             process.kill(number)
     code = case.ended(process, 130, -number, 0)  # −number: before heatbath could listen
     if code == 130 and not twice:
-        nothing_lost(case, started)
+        nothing_lost(case, started, before)
     return f"ended with {code}"
 
 
@@ -208,15 +209,26 @@ def impatient(case: Case) -> str | None:
     return interrupted(case, twice=True)
 
 
-def nothing_lost(case: Case, since: float) -> None:
-    """After an interruption the newest checkpoint of the stage in progress holds the last step logged `since` then: the
-    rows of a process that was ended at once before lie there until the stage begins again."""
+def checkpoints(case: Case) -> dict[str, int]:
+    """The newest whole checkpoint of each stage that is in progress."""
     working = [p for p in (case.out / "checkpoints").glob(".*") if not p.name.endswith((".unfinished", ".removed"))]
-    for stage in working:
-        steps = [row["step"] for row in rows(case.out) if row["stage"] == stage.name[1:] and row["time"] >= since]
-        kept = [int(p.name.rpartition("-")[2]) for p in stage.glob("checkpoint-*") if (p / "complete").is_file()]
-        if steps and max(kept, default=0) < max(steps):
-            raise FaultError(f"{stage.name}: step {max(steps)} was logged, and the newest checkpoint is {kept}")
+    return {
+        stage.name[1:]: max(
+            (int(p.name.rpartition("-")[2]) for p in stage.glob("checkpoint-*") if (p / "complete").is_file()),
+            default=0,
+        )
+        for stage in working
+    }
+
+
+def nothing_lost(case: Case, since: float, before: dict[str, int]) -> None:
+    """After an interruption the newest checkpoint of the stage in progress is none before the one that was there, and
+    holds the last step logged `since` then: the rows of a process that was ended at once earlier lie there until the
+    stage begins again."""
+    for stage, kept in checkpoints(case).items():
+        steps = [row["step"] for row in rows(case.out) if row["stage"] == stage and row["time"] >= since]
+        if kept < max([*steps, before.get(stage, 0)]):
+            raise FaultError(f"{stage}: {steps} were logged after {before}, and the newest checkpoint is {kept}")
 
 
 def full_disk(case: Case) -> str | None:

@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from jinja2 import Environment
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from heatbath import recipe as recipes
 from heatbath import samples
+from heatbath.errors import RunError
 from heatbath.progress import Progress
 from heatbath.run import Run
-from heatbath.stages import sft
+from heatbath.stages import rl, sft
 from heatbath.stages.pipeline import run_stage
 from heatbath.stages.scoring import correct, summarise
 from mistakes import call
@@ -185,3 +189,60 @@ def test_an_interruption_after_the_last_step_waits_for_the_policy(
         run_stage("sft", run, made, progress)
     assert run.finished("sft") and any("interrupted" in line for line in said)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_resumed_from_the_checkpoint_of_the_last_step_no_other_is_taken(
+    small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Where max_steps ends a stage within an epoch; the first attempt dies before the policy is saved."""
+    (tmp_path / "r.toml").write_text(RECIPE.format(base=small_base))
+    steps = ["sft.max_steps=3", "sft.save_every=3", "rl.epochs=4", "rl.max_steps=2", "rl.save_every=2"]
+    made = recipes.load(tmp_path / "r.toml", steps)
+    module = {"sft": sft, "rl": rl}[stage]
+    real, policy = module.save_policy, {"sft": "init", "rl": "final"}[stage]
+
+    def trained(name: str, dies: bool) -> tuple[Run, list[dict]]:
+        run = Run.create(tmp_path / name, made)
+        if stage == "rl":
+            run_stage("sft", run, made, Progress(quiet=True))
+        if dies:
+            monkeypatch.setattr(module, "save_policy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                run_stage(stage, run, made, Progress(quiet=True))
+            monkeypatch.setattr(module, "save_policy", real)
+        run_stage(stage, run, made, Progress(quiet=True))
+        timed = ("time", "tokens_per_second", "step_seconds")
+        return run, [{k: v for k, v in row.items() if k not in timed} for row in run.metrics(stage)]
+
+    (whole, expected), (resumed, found) = trained("whole", False), trained("died", True)
+    assert found == expected and max(row["step"] for row in found) == {"sft": 3, "rl": 2}[stage]
+    one, two = (load_file(run.checkpoint(policy) / "model.safetensors") for run in (whole, resumed))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+    ],
+)
+def test_a_disk_that_fills_up_while_a_policy_is_saved_is_told(
+    small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    (tmp_path / "r.toml").write_text(RECIPE.format(base=small_base))
+    made = recipes.load(tmp_path / "r.toml", ["sft.max_steps=1"])
+    run = Run.create(tmp_path / "run", made)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sft, "save_policy", fail)
+    with pytest.raises(RunError, match="the disk is full") as caught:
+        run_stage("sft", run, made, Progress(quiet=True))
+    assert "MiB free" in caught.value.where and "--resume" in caught.value.remedy
+    other = RuntimeError("size mismatch")
+    monkeypatch.setattr(sft, "save_policy", lambda *_: (_ for _ in ()).throw(other))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        run_stage("sft", run, made, Progress(quiet=True))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from heatbath.ideas.statistics import Objective, TokenStats
 
-WEIGHT = "replay"  # the column: 0 on a demonstration, on an answer of the base its weight
+WEIGHT = "replay"  # the column: `DEMONSTRATION`, or the weight (≥ 0) of an answer of the base
+DEMONSTRATION = -1.0
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,9 @@ class Replayed:
     """`goal` on demonstrations, weight·nll on the base's own answers (docs/replay.md).
 
     The sequence-level Gibbs target (1 − m)·p_base + m·δ has the cross-entropy m·nll(demonstration) + (1 − m)·E[nll(y)],
-    y drawn from the base. Demonstrations alone never show what follows after their prefixes are left: that is the
-    second part, estimated from samples drawn once. Where a verifier R weighs them by e^{βR} it is the target for that
-    reward. Everything else that `goal` has (sequence weights, schedule, columns) is the whole's.
+    y drawn from the base: with SFT as `goal`, weight (1 − m)/m estimates it from samples drawn once. An objective that
+    holds the base's share itself along the demonstration (`holds_the_base`) is shown only what follows where an answer
+    has left it. Everything else that `goal` has (sequence weights, schedule, columns) is the whole's.
     """
 
     goal: Objective
@@ -36,7 +37,7 @@ class Replayed:
 
     def __call__(self, stats: TokenStats) -> Tensor:
         weight = getattr(stats, WEIGHT).to(stats.logp.dtype)
-        return torch.where(weight > 0, weight * -stats.logp, self.goal(stats))
+        return torch.where(weight >= 0, weight * -stats.logp, self.goal(stats))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "goal":
@@ -45,5 +46,10 @@ class Replayed:
         if name in ("at", "most_cautious"):
             return lambda *step: dataclasses.replace(self, goal=found(*step))
         if name == "target_mass":  # all of it on the answer's tokens: there the base is not needed
-            return lambda stats: torch.where(getattr(stats, WEIGHT) > 0, 1.0, found(stats))
+            return lambda stats: torch.where(getattr(stats, WEIGHT) >= 0, 1.0, found(stats))
         return found
+
+
+def holds_the_base(goal: Objective) -> bool:
+    """Whether an objective's target on a demonstration is partly the base's own distribution."""
+    return "ref_ce" in goal.needs

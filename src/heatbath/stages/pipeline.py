@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from heatbath import ranks
-from heatbath.errors import RecipeError
+from heatbath.errors import RecipeError, RunError
 from heatbath.launch import evaluates_alone
 from heatbath.progress import Progress
 from heatbath.recipe import Recipe
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from heatbath.data.rows import Splits
+
+DISK_FULL = ("No space left on device", "inline_container.cc")  # as safetensors says it, and as torch.save does
 
 
 def run_all(run: Run, recipe: Recipe, progress: Progress) -> dict[str, Any]:
@@ -49,7 +54,16 @@ def run_stage(stage: str, run: Run, recipe: Recipe, progress: Progress) -> dict[
 
     if ranks.first():
         require_room(run, recipe, stage)
-    results = _run_stage(stage, run, recipe, progress)
+    try:
+        results = _run_stage(stage, run, recipe, progress)
+    except (SafetensorError, RuntimeError) as error:
+        if not any(said in str(error) for said in DISK_FULL):
+            raise
+        free = shutil.disk_usage(run.folder).free >> 20
+        where = f"{run.folder} ({free} MiB free)"
+        raise RunError(
+            "the disk is full", where, "make room; --resume goes on from the last complete checkpoint"
+        ) from None
     if any(ranks.gathered(progress.interrupted)):  # so late that the stage came to its end
         raise KeyboardInterrupt
     return results

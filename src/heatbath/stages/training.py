@@ -114,10 +114,25 @@ def train(trainer: Any, run: Run, stage: str, progress: Progress) -> None:
         # The end of an epoch is saved before it is evaluated, and rows logged after a checkpoint do not outlive it.
         trainer.args.eval_on_start = _ends_epoch(trainer.args, len(trainer.train_dataset), checkpoint)
         trainer.carry_on(torch.load(checkpoint / CARRIED, weights_only=True))
+    _end_at_the_last_step(trainer)
     stopping.listen()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stopping.stopped:
         raise KeyboardInterrupt
+
+
+def _end_at_the_last_step(trainer: Any) -> None:
+    """transformers asks whether the last step was taken only after another one: resumed from the checkpoint of the last
+    step it would go one too far."""
+    run_epoch = trainer._run_epoch
+
+    def bounded(*args: Any, **kwargs: Any) -> None:
+        if trainer.state.global_step >= trainer.state.max_steps:
+            trainer.control.should_training_stop = True
+        else:
+            run_epoch(*args, **kwargs)
+
+    trainer._run_epoch = bounded
 
 
 def _ends_epoch(args: TrainingArguments, rows: int, checkpoint: Path) -> bool:
