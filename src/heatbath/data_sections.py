@@ -139,6 +139,7 @@ class Fields(Section):
             from heatbath.ideas.statistics import STATS
 
             taken = {*STATS, "input_ids", "labels", "attention_mask", "position_ids", "seq_lengths", "sequence_weight"}
+            taken.add("replay")
             if used := sorted(taken.intersection(value)):
                 raise ValueError(f"'{used[0]}' is the name of something else; rename the column")
         return value

@@ -47,6 +47,8 @@ FREE = (
     "reward.workers",
     "trust_remote_code",
 )
+# What of [reward] a verdict hangs on: where one weighs the base's answers, the warm start reads it too.
+GRADED = tuple(f"reward.{key}" for key in ("kind", "profile", "stages", "isolation", "deadline", "failed_share"))
 # The stages whose result a key changes, by its table; every other key changes all of them.
 READ_BY = {
     "pretrain": ("pretrain",),
@@ -187,9 +189,8 @@ def readers(key: str, recipe: Recipe) -> tuple[str, ...]:
     """The stages whose result a key of the recipe changes."""
     if key in FREE or key.startswith(tuple(f"{free}." for free in FREE)):
         return ()
-    table = key.partition(".")[0]
-    graded = table == "reward" and recipe.sft is not None and recipe.sft.replay is not None and recipe.sft.replay.beta
-    return (*(("sft",) if graded else ()), *READ_BY.get(table, STAGES))
+    graded = key in GRADED and recipe.sft is not None and recipe.sft.replay is not None and recipe.sft.replay.beta
+    return (*(("sft",) if graded else ()), *READ_BY.get(key.partition(".")[0], STAGES))
 
 
 def _accept(run: Run, changed: dict[str, tuple[Any, Any]], say: Callable[[str], None]) -> None:

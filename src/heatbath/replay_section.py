@@ -9,8 +9,9 @@ class Replay(Section):
     """The base's own answers to the demonstrated problems, learned beside the demonstrations (docs/replay.md).
 
     `samples` of each problem are drawn once, before training, at temperature 1 and of at most `max_new_tokens`; in the
-    sum they weigh `weight` where a token of a demonstration weighs 1. `beta` nats lift those that the recipe's
-    [reward] finds right: an answer weighs e^(beta·right), over the mean of all. `alone` leaves the demonstrations out.
+    sum they weigh `weight` times what the problem's demonstrations do. `beta` nats lift those that the recipe's
+    [reward] finds right: an answer weighs e^(beta·right) among those of its problem. `alone` leaves the demonstrations
+    out.
     """
 
     samples: Positive = 1

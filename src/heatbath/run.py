@@ -34,6 +34,7 @@ from heatbath.recipe import Recipe
 CHECKPOINTS = {"pretrain": "base", "sft": "init", "preference": "final", "rl": "final"}
 STAGES = (*CHECKPOINTS, "eval")
 COMPLETE = "complete"  # the mark of a checkpoint whose every file is on the disk
+REPLAY = "replay.jsonl"  # answers of the base that a warm start learns (stages/replay.py)
 SAMPLES = ("samples.jsonl.gz", "samples.jsonl")  # the latter in runs of earlier versions
 OWN_TEST = "test"  # the task that the run's own test problems are
 RESULTS = ("results.json", "report.html", "report.md", "report.json")
@@ -184,8 +185,8 @@ class Run:
         """Whether a stage has left anything: a log row, a checkpoint, a sample, or its end."""
         if stage == "eval":
             return any((self.folder / name).exists() for name in SAMPLES) or self.finished(stage)
-        measured = {"sft": "surprise.json", "rl": "readiness.json"}.get(stage)
-        profiled = measured is not None and (self.folder / measured).exists()
+        measured = {"sft": ("surprise.json", REPLAY), "rl": ("readiness.json",)}.get(stage, ())
+        profiled = any((self.folder / name).exists() for name in measured)
         return profiled or self.finished(stage) or self.working(stage).exists() or bool(self.metrics(stage))
 
     @ranks.by_first
@@ -208,8 +209,8 @@ class Run:
             policy.rename(doomed)
         self._keep_rows("metrics.jsonl", lambda row: row["stage"] != stage)
         if stage == "sft":
-            (self.folder / "surprise.json").unlink(missing_ok=True)
-            (self.folder / "replay.json").unlink(missing_ok=True)
+            for name in (REPLAY, "surprise.json"):
+                (self.folder / name).unlink(missing_ok=True)
         elif stage == "rl":
             (self.folder / "readiness.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder / "verl", ignore_errors=True)  # made anew at every start

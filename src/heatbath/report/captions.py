@@ -227,9 +227,11 @@ def settings(recipe: recipes.Recipe) -> list[tuple[str, str]]:
     facts = [("model", recipe.model or "made by [pretrain]")]
     if recipe.sft:
         s = recipe.sft
-        facts.append(
-            ("warm start", f"{objective(recipe)}, lr {s.lr:g}, {s.epochs:g} epochs, batch {s.batch}, {s.reduction}")
-        )
+        told = f"{objective(recipe)}, lr {s.lr:g}, {s.epochs:g} epochs, batch {s.batch}, {s.reduction}"
+        if s.replay:
+            told += f", {s.replay.samples} answers of the base {'alone' if s.replay.alone else 'beside'}"
+            told += f" (β = {s.replay.beta:g})" if s.replay.beta else ""
+        facts.append(("warm start", told))
     if recipe.rl:
         r = recipe.rl
         told = f"{_policy(recipe)}, lr {r.lr:g}, {r.prompts} prompts × {r.group_size} completions"

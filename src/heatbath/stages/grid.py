@@ -28,7 +28,7 @@ from heatbath.run import CHECKPOINTS, STAGES, Run, is_run
 
 # Keys whose values say what they are.
 SHORT = {"strategy", "sft.objective", "sft.objective.name", "rl.policy", "rl.policy.name"}
-MEASURED = {"sft": ("surprise.json", "replay.json"), "rl": ("readiness.json",)}  # what a stage leaves beside its policy
+MEASURED = {"sft": ("surprise.json",), "rl": ("readiness.json",)}  # what a stage leaves beside its policy
 
 
 @dataclass(frozen=True)

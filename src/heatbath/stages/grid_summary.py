@@ -103,7 +103,7 @@ Values = dict[str, Scored]  # by policy
 def _values(runs: Mapping[int, Run], task: str) -> Values:
     """pass@k of every problem in every seed, by policy. Raises RunError where seeds were asked different problems."""
     found: dict[str, dict[int, Any]] = {}
-    kept: dict[str, dict[int, Any]] = {}
+    different: dict[str, dict[int, dict[int, Floats]]] = {}
     asked: dict[str, list[str]] = {}
     for seed, run in runs.items():
         results = run.read_json("results.json")
@@ -117,13 +117,14 @@ def _values(runs: Mapping[int, Run], task: str) -> Values:
                 raise RunError("the cells were not asked the same problems", str(run.folder), "evaluate them alike")
             ks = [int(k) for k in scores["pass"]]
             found.setdefault(policy, {})[seed] = {k: pass_at_k(right, n, k) for k in ks}
-            kept.setdefault(policy, {})[seed] = rows
+            most = max(ks)
+            different.setdefault(policy, {})[seed] = {most: scoring.distinct(rows, most)} if most > 1 else {}
     out: Values = {}
     for policy, by_seed in found.items():
         shared = sorted(set.intersection(*(set(ks) for ks in by_seed.values())))
         values = {k: np.stack([ks[k] for ks in by_seed.values()]) for k in shared}
-        most = [k for k in shared[-1:] if k > 1]
-        distinct = {k: np.stack([scoring.distinct(rows, k) for rows in kept[policy].values()]) for k in most}
+        own = list(different[policy].values())
+        distinct = {k: np.stack([each[k] for each in own]) for k in own[0] if all(k in each for each in own)}
         out[policy] = Scored(list(by_seed), asked[policy], values, distinct)
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,10 @@ def _work(recipe: Recipe, found: dict[str, Any], parameters: int, prompt: float)
     if "sft" in found:
         s = found["sft"]
         more = s.get("replay", {"answers": 0, "most_tokens": 0})
-        tokens, rows = s["tokens"] + more["most_tokens"], found["rows"]["demos"] + more["answers"]
-        work["sft"] = cost.sft_work(recipe, parameters, tokens, s["steps"], rows)
+        shown = (0, 0) if more.get("alone") else (s["tokens"], found["rows"]["demos"])
+        tokens, rows = shown[0] + more["most_tokens"], shown[1] + more["answers"]
+        learned = cost.sft_work(recipe, parameters, tokens, s["steps"], rows)
+        work["sft"] = replace(learned, sampled=cost.eval_work(parameters, more["most_tokens"]).sampled)
     if "preference" in found:
         p = found["preference"]
         assert recipe.preference is not None

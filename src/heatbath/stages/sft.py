@@ -27,7 +27,7 @@ from heatbath.run import Run
 from heatbath.sections import Preference, Pretrain
 from heatbath.stages.measuring import MeasuredBase, require_columns, settle
 from heatbath.stages.objective_trainer import ObjectiveTrainer
-from heatbath.stages.replay import unreplayed, with_replay
+from heatbath.stages.replay import demonstrated, with_replay
 from heatbath.stages.training import (
     RowCollator,
     log_to_run,
@@ -65,8 +65,8 @@ def run_sft(run: Run, recipe: Recipe, progress: Progress) -> None:
     base.fill(goal, rows, progress)
     goal = settle(run, base, tokenizer, goal, demos, kinds, progress)
     if settings.replay is not None:
-        demos = with_replay(run, recipe, tokenizer, splits.demos, demos, getattr(goal, "columns", ()), progress)
-        validation, goal = unreplayed(validation), Replayed(goal)
+        demos = with_replay(run, recipe, model, tokenizer, splits.demos, demos, goal, progress)
+        validation, goal = demonstrated(validation), Replayed(goal)
         rows = [*demos, *validation]
     base.fill(goal, rows, progress)
     with run.new_checkpoint("init") as folder:
