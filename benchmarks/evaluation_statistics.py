@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import random
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import scipy
+from made_with import commit
 from scipy import stats
 
 from heatbath.ideas.intervals import (
@@ -140,11 +140,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     record = {
         "command": "python benchmarks/evaluation_statistics.py "
         f"--questions {arguments.questions} --rounds {arguments.rounds}",
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "device": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__},

@@ -18,12 +18,13 @@ import json
 import os
 import platform
 import random
-import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from made_with import commit
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "verify"))
 
@@ -121,7 +122,6 @@ def through_the_pool(inputs: int, seed: int, deadline: float, workers: int) -> d
 
 
 def about(options: argparse.Namespace) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     names = ("heatbath", "math-verify", "latex2sympy2_extended", "sympy", "mpmath")
     models = (
         [
@@ -134,7 +134,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "command": " ".join(["python", "benchmarks/fuzz_verdicts.py", *sys.argv[1:]]),
-        "commit": options.commit or commit.stdout.strip(),
+        "commit": options.commit or commit(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in names},
         "cpu": f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores",

@@ -29,7 +29,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +36,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any
+
+from made_with import commit
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "verdicts_gsm8k" / "model_solutions_labelled.jsonl.gz"
 BOMBS = (
@@ -255,11 +256,10 @@ def main() -> None:
     rates = throughput(graders.all(), rows, options.block)
     alone = latency(graders.all(), rows[:500])
     graders.close()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     sizes = ("responses", "block", "step", "bombs", "many", "deadline")
     facts = {
         "command": f"python benchmarks/grading.py {' '.join(f'--{n} {getattr(options, n)}' for n in sizes)}",
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "device": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {
             "python": platform.python_version(),

@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from made_with import made_with
 
 GIB = 2**30
 RECIPE = """
@@ -86,12 +87,8 @@ def main() -> None:
         print(f"{name:24} {', '.join(f'{peak:.2f}' for peak in found)} GiB")
     print(", ".join(f"{stage}: {ratio:.3f}" for stage, ratio in ratios.items()))
     if asked.out:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         record = {
-            "command": f"python benchmarks/lora.py --model {asked.model} --rounds {asked.rounds}",
-            "commit": commit.stdout.strip(),
-            "python": platform.python_version(),
-            "cores": os.cpu_count(),
+            **made_with(f"python benchmarks/lora.py --model {asked.model} --rounds {asked.rounds}"),
             "peak GiB": peaks,
             "ratio": ratios,
             "exported": exported,

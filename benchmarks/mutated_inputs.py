@@ -21,12 +21,13 @@ import platform
 import resource
 import select
 import signal
-import subprocess
 import sys
 import time
 import traceback
 from collections import Counter, defaultdict
 from pathlib import Path
+
+from made_with import commit
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -121,14 +122,13 @@ def _line(kind: str, found: Counter[str], columns: tuple[str, ...]) -> str:
 
 
 def about() -> str:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     names = ("heatbath", "torch", "transformers", "trl", "datasets", "pyarrow", "pydantic", "typer")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().split("\n") if cpu.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.processor())
     command = " ".join(["python", "benchmarks/mutated_inputs.py", *sys.argv[1:]])
-    made_with = f"commit {commit.stdout.strip()}, Python {platform.python_version()}, {versions}"
+    made_with = f"commit {commit()}, Python {platform.python_version()}, {versions}"
     return f"$ {command}\n{made_with}\n{model}, {os.cpu_count()} cores"
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from made_with import made_with
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -103,9 +103,8 @@ def main() -> None:
                 f"{s['high']:+.2f}]   over {r['cells']} cells {r['r']:+.2f} (p {r['p']:.3f})"
             )
     if asked.out:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         words = [*map(str, asked.studies), *(f"--without {part}" for part in asked.without)]
-        head = {"command": f"python benchmarks/prediction.py {' '.join(words)}", "commit": commit.stdout.strip()}
+        head = made_with(f"python benchmarks/prediction.py {' '.join(words)}", "numpy", "scipy")
         asked.out.write_text(json.dumps({**head, "found": record}, indent=1) + "\n")
 
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from made_with import made_with
 
 STEPS, WARM = 20, 3
 RECIPE = """
@@ -62,11 +63,10 @@ def main() -> None:
             )
     ratios = [found[2]["tokens_per_second"] / found[1]["tokens_per_second"] for found in rounds]
     record = {
-        "command": f"python benchmarks/scaling.py --model {asked.model} --batch {asked.batch} --micro {asked.micro} "
-        f"--rounds {asked.rounds}",
-        "commit": said("git", "rev-parse", "--short", "HEAD"),
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
+        **made_with(
+            f"python benchmarks/scaling.py --model {asked.model} --batch {asked.batch} --micro {asked.micro} "
+            f"--rounds {asked.rounds}"
+        ),
         "ratio": statistics.median(ratios),
         "ratios": ratios,
         "largest relative difference of a loss": max(map(furthest, rounds)),
@@ -95,10 +95,6 @@ def measured(folder: Path, processes: int, number: int) -> dict[str, Any]:
 
 def furthest(found: dict[int, dict[str, Any]]) -> float:
     return max(abs(b / a - 1) for a, b in zip(found[1]["losses"], found[2]["losses"], strict=True))
-
-
-def said(*line: str) -> str:
-    return subprocess.run(line, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from made_with import made_with
 
 COMMANDS = {
     "python -c pass": [sys.executable, "-c", "pass"],
@@ -43,12 +43,8 @@ def main() -> None:
             f"{name:18} {s['median']:.3f} s  (worst {s['worst']:.3f}; {s['median'] - bare:.3f} beyond the interpreter)"
         )
     if arguments.out:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         record = {
-            "command": f"python benchmarks/startup.py --repeat {arguments.repeat}",
-            "commit": commit.stdout.strip(),
-            "python": platform.python_version(),
-            "cores": os.cpu_count(),
+            **made_with(f"python benchmarks/startup.py --repeat {arguments.repeat}"),
             "seconds": found,
         }
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -15,15 +15,15 @@ import argparse
 import itertools
 import json
 import math
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from made_with import made_with
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "ideas"))
 
@@ -140,12 +140,8 @@ def main() -> None:
             *(f"{key} {row[key]['mean']:.3f} [{row[key]['low']:.3f}, {row[key]['high']:.3f}]" for key in KEYS),
         )
     if asked.out:
-        line = ["git", "rev-parse", "--short", "HEAD"]
         record = {
-            "command": f"python benchmarks/theory.py --bases {asked.bases}",
-            "commit": subprocess.run(line, capture_output=True, text=True, check=False).stdout.strip(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
+            **made_with(f"python benchmarks/theory.py --bases {asked.bases}", "torch"),
             "seconds": round(time.monotonic() - started, 1),
             "summary": found,
             "rows": rows,
