@@ -143,10 +143,15 @@ class Case:
 
     @property
     def out(self) -> Path:
-        return self.folder / "out"
+        return self.disk / "out"
+
+    @property
+    def disk(self) -> Path:
+        """What the run's folder lies on, and what may fill it."""
+        return self.folder / "disk"
 
     def start(self) -> Forked:
-        arguments = ["run", "r.toml", "--out", "out", "--resume"]
+        arguments = ["run", "r.toml", "--out", "disk/out", "--resume"]
         return Forked(*arguments, cwd=self.folder, environment={"HEATBATH_CACHE": str(self.cache)})
 
     def while_it_runs(self, process: Forked) -> bool:
@@ -235,11 +240,11 @@ def full_disk(case: Case) -> str | None:
     process = case.start()
     if not case.while_it_runs(process):
         return late(case, process)
-    filler = case.out / "filler"
+    filler = case.disk / "filler"
     with contextlib.suppress(OSError), filler.open("wb") as stream:
         left = case.draw.choice((0, 0, 5_000, 200_000))
         stream.truncate(0)
-        os.posix_fallocate(stream.fileno(), 0, max(1, shutil.disk_usage(case.out).free - left))
+        os.posix_fallocate(stream.fileno(), 0, max(1, shutil.disk_usage(case.disk).free - left))
     code = case.ended(process, 1, 0)
     filler.unlink(missing_ok=True)
     return f"ended with {code}"
@@ -398,14 +403,14 @@ def prepare(case: Case, base: str) -> None:
 @contextlib.contextmanager
 def small_disk(case: Case) -> Iterator[None]:
     """The run's folder on a disk of its own that a filler can fill, where this process may mount one."""
-    case.out.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "none", str(case.out)], capture_output=True)
+    case.disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "none", str(case.disk)], capture_output=True)
     case.mounted = mounted.returncode == 0
     try:
         yield
     finally:
         if case.mounted:
-            subprocess.run(["umount", "-l", str(case.out)], check=True)
+            subprocess.run(["umount", "-l", str(case.disk)], check=True)
 
 
 def endure(name: str, folder: Path, base: str, seed: int, whole: tuple[dict[str, Any], float], most: int) -> list[dict]:
