@@ -447,6 +447,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores it, and so do its children
     from heatbath import models
 
     base, met, failed, number = models.resolve("tiny"), [], [], asked.seed
@@ -460,7 +463,7 @@ def main() -> None:
             try:
                 met += endure(name, place / str(number), base, number, whole[name], most=8)
             except FaultError as error:
-                failed.append(str(error))
+                failed.append(str(error).replace(str(models.cache_folder()), "CACHE").replace(folder, "FOLDER"))
                 print(f"FAILED: {error}", flush=True)
             number += 1
             print(f"{len(met)} faults, {number - asked.seed} runs, {len(failed)} failed", flush=True)
