@@ -210,7 +210,7 @@ KEYS = [
     "sft.reduction",
     "sft.reference",
     "sft.replay.alone",
-    "sft.replay.beta",
+    "sft.replay.lift",
     "sft.replay.max_new_tokens",
     "sft.replay.samples",
     "sft.replay.weight",

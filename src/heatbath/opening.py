@@ -189,7 +189,7 @@ def readers(key: str, recipe: Recipe) -> tuple[str, ...]:
     """The stages whose result a key of the recipe changes."""
     if key in FREE or key.startswith(tuple(f"{free}." for free in FREE)):
         return ()
-    graded = key in GRADED and recipe.sft is not None and recipe.sft.replay is not None and recipe.sft.replay.beta
+    graded = key in GRADED and recipe.sft is not None and recipe.sft.replay is not None and recipe.sft.replay.lift
     return (*(("sft",) if graded else ()), *READ_BY.get(key.partition(".")[0], STAGES))
 
 

@@ -110,7 +110,7 @@ def test_answers_are_the_base_s_own_drawn_once(small_base: Path, tmp_path: Path)
 
 def test_a_verifier_lifts_right_answers(small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """e^β for a right one among those of its problem; all weights of a problem together are what they are without."""
-    made = recipe(small_base, {"samples": 4, "beta": 2.0, "alone": True, "max_new_tokens": 6}, max_length=60)
+    made = recipe(small_base, {"samples": 4, "lift": 2.0, "alone": True, "max_new_tokens": 6}, max_length=60)
     rows = sources.of(made).demos
     ids = list(dict.fromkeys(row.id for row in rows))
     tokenizer = AutoTokenizer.from_pretrained(small_base)
@@ -147,7 +147,7 @@ def test_a_verifier_lifts_right_answers(small_base: Path, tmp_path: Path, monkey
 
 
 def test_a_real_verifier_grades_what_was_drawn(small_base: Path, tmp_path: Path, monkeypatch) -> None:
-    made = recipe(small_base, {"samples": 2, "beta": 1.0, "max_new_tokens": 4})
+    made = recipe(small_base, {"samples": 2, "lift": 1.0, "max_new_tokens": 4})
     sums = {row.id: str(row.answer) for row in sources.of(made).demos}
     drawn = replay.LocalSampler.sample
     tokenizer, first = AutoTokenizer.from_pretrained(small_base), next(iter(sums.values()))
@@ -183,7 +183,7 @@ def test_what_a_verifier_cannot_grade_is_told_before_training(tmp_path: Path, sm
     rows = [{"question": f"What is {a} + 1?", "solution": f"{a + 1}", "answer": "n/a"} for a in range(10, 14)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"source": "files", "demos_from": str(tmp_path / "d.jsonl"), "demos": 4}
-    table = {"model": str(small_base), "data": data, "sft": {"objective": "sft", "replay": {"beta": 1.0}}}
+    table = {"model": str(small_base), "data": data, "sft": {"objective": "sft", "replay": {"lift": 1.0}}}
     with pytest.raises(DataError, match="gold answers cannot be graded"):
         pipeline.check(recipes.parse(table), ("sft",))
     pipeline.check(recipes.parse({**table, "sft": {"objective": "sft", "replay": {}}}), ("sft",))

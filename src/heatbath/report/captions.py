@@ -230,7 +230,7 @@ def settings(recipe: recipes.Recipe) -> list[tuple[str, str]]:
         told = f"{objective(recipe)}, lr {s.lr:g}, {s.epochs:g} epochs, batch {s.batch}, {s.reduction}"
         if s.replay:
             told += f", {s.replay.samples} answers of the base {'alone' if s.replay.alone else 'beside'}"
-            told += f" (β = {s.replay.beta:g})" if s.replay.beta else ""
+            told += f" (lifted by {s.replay.lift:g})" if s.replay.lift else ""
         facts.append(("warm start", told))
     if recipe.rl:
         r = recipe.rl

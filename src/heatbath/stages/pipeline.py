@@ -125,7 +125,7 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
         if policy_of(recipe.rl).needs_demonstrations:
             checks.demonstrations(tokenizer, splits.prompts, recipe)
     asked = [s for stage, s in (("rl", "prompts"), ("eval", "test")) if stage in stages]
-    if "sft" in stages and recipe.sft is not None and recipe.sft.replay is not None and recipe.sft.replay.beta:
+    if "sft" in stages and recipe.sft is not None and recipe.sft.replay is not None and recipe.sft.replay.lift:
         asked.append("demos")  # a verifier weighs the base's answers to these
     if asked:
         require_rewards(recipe)

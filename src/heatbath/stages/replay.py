@@ -111,19 +111,19 @@ def _left(answer: Sequence[int], demonstrations: Sequence[Sequence[int]]) -> int
 
 
 def _weights(drawn: list[dict[str, Any]], settings: Replay, demonstrations: dict[str, int]) -> list[float]:
-    """e^{β·score} over its mean among the problem's answers, times `weight` × its demonstrations / its answers."""
+    """e^{lift·score} over its mean among the problem's answers, times `weight` × its demonstrations / its answers."""
     scores: dict[str, list[float]] = defaultdict(list)
     for one in drawn:
-        scores[one["problem"]].append(one["score"] if settings.beta else 0.0)
-    if settings.beta and not any(map(any, scores.values())):
+        scores[one["problem"]].append(one["score"] if settings.lift else 0.0)
+    if settings.lift and not any(map(any, scores.values())):
         raise RunError(
             f"none of {len(drawn):,} answers of the base is right: there is nothing to lift",
-            "sft.replay.beta",
-            "more samples, easier problems, or beta = 0",
+            "sft.replay.lift",
+            "more samples, easier problems, or lift = 0",
         )
-    whole = {p: math.fsum(math.exp(settings.beta * (s - max(own))) for s in own) for p, own in scores.items()}
+    whole = {p: math.fsum(math.exp(settings.lift * (s - max(own))) for s in own) for p, own in scores.items()}
     lifted = [
-        math.exp(settings.beta * ((one["score"] if settings.beta else 0.0) - max(scores[one["problem"]])))
+        math.exp(settings.lift * ((one["score"] if settings.lift else 0.0) - max(scores[one["problem"]])))
         / whole[one["problem"]]
         for one in drawn
     ]
@@ -152,9 +152,9 @@ def _answers(
                 append_jsonl(file, fresh)
             progress.update(sum(key in known for key in lacking), "")
     found = [known[key] for key in wanted]
-    usable = [one for one in found if one["score"] is not None or not settings.beta]
+    usable = [one for one in found if one["score"] is not None or not settings.lift]
     said = f"replay: {len(found):,} answers of the base to {len(rows):,} problems"
-    if settings.beta:
+    if settings.lift:
         said += f", {sum(one['score'] for one in usable) / max(len(usable), 1):.1%} right"
         said += f"; {len(found) - len(usable):,} that could not be graded are left out" * (len(usable) < len(found))
     progress.say(said)
@@ -174,7 +174,7 @@ def _drawn(
     settings = _settings(recipe)
     prompts = [_prompt(tokenizer, recipe, wanted[key]) for key in own]
     sampling = Sampling(1.0, 1.0, settings.max_new_tokens)
-    with grader_of(recipe.reward) if settings.beta else nullcontext() as grader:
+    with grader_of(recipe.reward) if settings.lift else nullcontext() as grader:
         for batch in LocalSampler(model, tokenizer).sample(prompts, sampling, [seed for _, seed in own]):
             keys = [own[one.prompt] for one in batch]
             scores: list[float | None] = [None] * len(batch)
