@@ -284,7 +284,7 @@ def test_differences_carry_tests_corrected_for_their_number() -> None:
     rows = {
         policy: [
             {"problem": f"p{q:02}", "status": "right" if rng.random() < rate else "wrong", "finished": True}
-            | {"tokens": 1, "answer": "1"}
+            | {"tokens": 1, "answer": "1", "completion": "1"}
             for q in range(40)
             for _ in range(4)
         ]
