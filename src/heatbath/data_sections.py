@@ -71,25 +71,17 @@ class NoData(Data):
     source: Literal["none"]
 
 
-class ArithmeticData(Data):
-    """The built-in task: sums with worked solutions (`data/arithmetic.py`)."""
+class ProceduralData(Data):
+    """What the built-in tasks have: solutions in one of several `forms`, of which a share `label_noise` is wrong."""
 
-    source: Literal["arithmetic"]
-    digits: Annotated[Whole, Field(ge=1, le=9)] = 2
-    operations: Annotated[list[Literal["+", "-"]], Field(min_length=1)] = ["+"]
-    forms: Annotated[list[Literal["tens", "columns", "round", "ones", "bare"]], Field(min_length=1)] = [
-        "tens",
-        "columns",
-        "round",
-        "ones",
-    ]
+    forms: list[str]
     label_noise: Share = 0.0
     demos: Count = 128
     validation: Count = 32
     prompts: Count = 256
     test: Count = 100
 
-    @field_validator("operations", "forms")
+    @field_validator("forms", "operations", check_fields=False)
     @classmethod
     def distinct(cls, value: list[str]) -> list[str]:
         if len(set(value)) < len(value):
@@ -101,6 +93,32 @@ class ArithmeticData(Data):
         if self.paths > len(self.forms):
             raise ValueError(f"paths = {self.paths} solutions of a problem need as many forms, not {len(self.forms)}")
         return self
+
+
+class ArithmeticData(ProceduralData):
+    """The built-in task: sums with worked solutions (`data/arithmetic.py`)."""
+
+    source: Literal["arithmetic"]
+    digits: Annotated[Whole, Field(ge=1, le=9)] = 2
+    operations: Annotated[list[Literal["+", "-"]], Field(min_length=1)] = ["+"]
+    forms: Annotated[list[Literal["tens", "columns", "round", "ones", "bare"]], Field(min_length=1)] = [
+        "tens",
+        "columns",
+        "round",
+        "ones",
+    ]
+
+
+class FunctionsData(ProceduralData):
+    """The built-in programming task: functions of a list with hidden tests (`data/functions.py`)."""
+
+    source: Literal["functions"]
+    forms: Annotated[list[Literal["expression", "steps", "loop", "chain"]], Field(min_length=1)] = [
+        "expression",
+        "steps",
+        "loop",
+        "chain",
+    ]
 
 
 class ReasoningGymData(Data):
@@ -221,7 +239,8 @@ class DeepMathData(TableData):
 
 
 AnyData = Annotated[
-    NoData | ArithmeticData | ReasoningGymData | FilesData | HubData | DeepMathData, Field(discriminator="source")
+    NoData | ArithmeticData | FunctionsData | ReasoningGymData | FilesData | HubData | DeepMathData,
+    Field(discriminator="source"),
 ]
 
 

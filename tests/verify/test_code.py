@@ -354,7 +354,7 @@ def test_order_is_kept_and_one_bomb_delays_only_itself(grader: CodeGrader) -> No
     assert statuses == ["right", "wrong", "right", "timeout", "right", "wrong", "right", "wrong"]
 
 
-def test_the_reference_runs_once(grader: CodeGrader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_and_equal_programs_run_once(grader: CodeGrader, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, real = [], sandbox.run
 
     def counted(job: Any, limits: Any, isolation: str) -> sandbox.Outcome:
@@ -365,8 +365,11 @@ def test_the_reference_runs_once(grader: CodeGrader, monkeypatch: pytest.MonkeyP
     grader.close()
     program = fenced("def f(n): return [(k, {k}) for k in range(n)]")
     for _ in range(2):
-        assert {got.status for got in grader.grade([program] * 4, [SHAPES] * 4)} == {"right"}
-    assert len(runs) == 1 + 2 * 4
+        verdicts = grader.grade([program, "no code", program, fenced("f = 1"), program], [SHAPES] * 5)
+        assert [got.status for got in verdicts] == ["right", "no_answer", "right", "wrong", "right"]
+    assert len(runs) == 1 + 2 * 2
+    grader.grade([program] * 2, [SHAPES, SUMS])  # another problem's tests are other inputs
+    assert len(runs) == 1 + 2 * 2 + 2
 
 
 def test_a_starved_program_is_tried_again_alone(grader: CodeGrader, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,16 @@
-"""Rows from where the recipe says: the built-in arithmetic, reasoning-gym, files, the hub, DeepMath."""
+"""Rows from where the recipe says: the built-in sums and programs, reasoning-gym, files, the hub, DeepMath."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from heatbath.data import arithmetic, tables
+from heatbath.data import arithmetic, functions, tables
 from heatbath.data.contamination import contamination_note, read_problems, without_shared_ngrams
 from heatbath.data.rows import HELD_OUT, Row, Splits, position
-from heatbath.data_sections import AnyData, ArithmeticData, NoData, ReasoningGymData
+from heatbath.data_sections import AnyData, ArithmeticData, FunctionsData, NoData, ReasoningGymData
 from heatbath.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def load(data: AnyData, seed: int) -> Splits:
     """
     if isinstance(data, NoData):
         return Splits([], [], [], [])
-    if isinstance(data, ArithmeticData):
-        splits = _arithmetic(data, seed)
+    if isinstance(data, ArithmeticData | FunctionsData):
+        splits = _procedural(data, seed)
     elif isinstance(data, ReasoningGymData):
         splits = _reasoning_gym(data, seed)
     else:
@@ -110,24 +110,28 @@ def _decontaminated(splits: Splits, data: AnyData) -> Splits:
     return Splits(kept["demos"], splits.validation, kept["prompts"], splits.test, tuple(notes), tuple(removed))
 
 
-def _arithmetic(data: ArithmeticData, seed: int) -> Splits:
-    operations, forms = tuple(data.operations), tuple(data.forms)
+def _procedural(data: ArithmeticData | FunctionsData, seed: int) -> Splits:
+    forms: tuple[str, ...] = tuple(data.forms)
+
+    def drawn(count: int, seed: int, held_out: bool) -> list[Any]:
+        if isinstance(data, FunctionsData):
+            return functions.problems(count, seed, held_out=held_out)
+        return arithmetic.problems(data.digits, tuple(data.operations), count, seed, held_out=held_out)
 
     def rows(held_out: bool, sizes: tuple[int, int], noise: float, seed: int) -> tuple[list[Row], list[Row]]:
-        sums = arithmetic.problems(data.digits, operations, sum(sizes), seed, held_out=held_out)
-        first, second = sums[: sizes[0]], sums[sizes[0] :]
-        made = (
-            list(arithmetic.rows(part, forms, paths=paths, label_noise=noise, seed=seed))
-            for part, paths in ((first, 1 if held_out else data.paths), (second, 1))
-        )
-        one, two = made
-        return one, two
+        make = functions.rows if isinstance(data, FunctionsData) else arithmetic.rows
+        found = drawn(sum(sizes), seed, held_out)
+        first = make(found[: sizes[0]], forms, paths=1 if held_out else data.paths, label_noise=noise, seed=seed)
+        second = make(found[sizes[0] :], forms, paths=1, label_noise=noise, seed=seed)
+        return list(first), list(second)
 
     try:
         test, validation = rows(True, (data.test, data.validation), 0.0, EXAM_SEED)
         demos, prompts = rows(False, (data.demos, data.prompts), data.label_noise, seed)
     except ValueError as error:
-        raise DataError(str(error), SIZES, "ask for fewer, or for more digits") from None
+        raise DataError(
+            str(error), SIZES, "ask for fewer" + (", or for more digits" if isinstance(data, ArithmeticData) else "")
+        ) from None
     return Splits(demos=demos, validation=validation, prompts=prompts, test=test)
 
 

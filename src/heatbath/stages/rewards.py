@@ -66,9 +66,12 @@ def _require_fields(recipe: Recipe) -> None:
     """The columns of the tables must fit the kind of answer."""
     kind = recipe.reward.kind
     tables = [f for name in ("fields", "test_fields") if (f := getattr(recipe.data, name, None)) is not None]
-    if not tables and kind != "math":
+    source = recipe.data.source
+    if source == "functions" and kind != "code":
+        raise RecipeError("the answers of 'functions' are the tests of programs", "reward.kind", "reward.kind = 'code'")
+    if not tables and kind != "math" and source != "functions":
         remedy = "take rows from tables (source = 'files' or 'hub'), or kind = 'math'"
-        raise RecipeError(f"the answers of '{recipe.data.source}' are mathematical", "reward.kind", remedy)
+        raise RecipeError(f"the answers of '{source}' are mathematical", "reward.kind", remedy)
     for fields in tables:
         for name, owner in (("tests", "code"), ("options", "choice")):
             if getattr(fields, name) is not None and kind != owner:

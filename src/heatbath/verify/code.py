@@ -203,15 +203,20 @@ class CodeGrader:
         self._fresh()
 
     def grade(self, completions: Sequence[str], golds: Sequence[Mapping[str, Any] | str]) -> list[Verdict]:
-        """A verdict for each completion, in order; no process it started goes on after that."""
+        """A verdict for each completion, in order; no process it started goes on after that. The same completion to
+        the same gold is run once."""
         if len(completions) != len(golds):
             raise ValueError(f"{len(completions)} completions, but {len(golds)} golds")
         if self._pid != os.getpid():  # forked: the locks may be held by threads that are not here
             self._fresh()
         call, keys = _Call(RETRIES), [_key(gold) for gold in golds]
         tests = {key: _read(gold) for key, gold in dict(zip(keys, golds, strict=True)).items()}  # once for a group
+        texts = [text if isinstance(text, str) else None for text in completions]
+        first = {pair: number for number, pair in reversed([*enumerate(zip(texts, keys, strict=True))])}
         with ThreadPoolExecutor(max_workers=max(1, min(self.workers, len(golds)))) as pool:
-            return list(pool.map(lambda text, key: self._grade(text, tests[key], call), completions, keys))
+            graded = pool.map(lambda pair: self._grade(completions[first[pair]], tests[pair[1]], call), first)
+            verdicts = dict(zip(first, graded, strict=True))
+        return [verdicts[pair] for pair in zip(texts, keys, strict=True)]
 
     def close(self) -> None:
         """Forgets the expected values; between calls of `grade` there is no process to end."""
