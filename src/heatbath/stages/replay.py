@@ -171,8 +171,6 @@ def _drawn(
     """Batches of answers to this process's share, with their scores where the recipe weighs them."""
     if not own:
         return
-    if not own:
-        return
     settings = _settings(recipe)
     prompts = [_prompt(tokenizer, recipe, wanted[key]) for key in own]
     sampling = Sampling(1.0, 1.0, settings.max_new_tokens)
