@@ -153,8 +153,8 @@ def test_the_page_of_a_comparison_fits_and_can_be_read(width: int, scheme: str, 
 def test_the_figures_of_a_comparison_stand_alone(grid: Path, chromium: Browser) -> None:
     """A file of its own: no colour is that of a page that is not there, and it can be drawn."""
     figures = sorted((grid.parent / "figures").glob("*.svg"))
-    names = ["overlaps-1", "overlaps-2", "overlaps-3", "test-differences", "test-over", "test-pass@1"]
-    assert [path.stem for path in figures] == [*names, "test-pass@8", "validation"]
+    names = ["overlaps-1", "overlaps-2", "overlaps-3", "test-differences", "test-distinct@8", "test-over"]
+    assert [path.stem for path in figures] == [*names, "test-pass@1", "test-pass@8", "validation"]
     page = chromium.new_page()
     for path in figures:
         text = path.read_text()

@@ -20,10 +20,13 @@ LONGEST = 24  # characters of a label beside a figure
 
 
 def of_task(found: Found, settings: Mapping[str, Found], task: str) -> dict[str, str]:
-    """Name → figure: start and end of every setting at the smallest and the largest k, both over a varied number, and
-    the differences to the baseline."""
+    """Name → figure: start and end of every setting at the smallest and the largest k, how many different right answers
+    they have, both over a varied number, and the differences to the baseline."""
     ks = sorted({int(k) for own in settings.values() for scores in own["tasks"].get(task, {}).values() for k in scores})
     drawn = {f"pass@{k}": starts_and_ends(settings, task, k) for k in dict.fromkeys([ks[0], ks[-1]])}
+    counted = {k for own in settings.values() for scores in own["distinct"].get(task, {}).values() for k in scores}
+    for k in {int(k) for k in counted} & {ks[-1]} - {1}:
+        drawn[f"distinct@{k}"] = starts_and_ends(settings, task, k, "distinct")
     drawn |= numbered("over", over_values(found, task))
     groups: dict[str, list[tuple[str, Any, str]]] = {}
     for row in found["differences"][task]:
@@ -40,13 +43,14 @@ def numbered(name: str, drawn: Sequence[str]) -> dict[str, str]:
     return {name if len(drawn) == 1 else f"{name}-{i}": one for i, one in enumerate(drawn, 1)}
 
 
-def starts_and_ends(settings: Mapping[str, Found], task: str, k: int) -> str:
-    """pass@k of every setting's policies with their intervals: the end large with a tick for each seed, the start
-    smaller below it, the base as a small square above."""
+def starts_and_ends(settings: Mapping[str, Found], task: str, k: int, part: str = "tasks") -> str:
+    """pass@k of every setting's policies (part "distinct": different right answers among k) with their intervals: the
+    end large with a tick for each seed, the start smaller below it, the base as a small square above."""
+    label = f"distinct@{k}" if part == "distinct" else f"pass@{k}"
     with style():
         figure, axes = frame((WIDE[0], 0.3 * len(settings) + 0.8))
         for at, own in enumerate(settings.values()):
-            for policy, scores in own["tasks"].get(task, {}).items():
+            for policy, scores in own[part].get(task, {}).items():
                 if str(k) not in scores:
                     continue
                 estimate, look = scores[str(k)], POLICY_LOOKS.get(policy, POLICY_LOOKS["final"])
@@ -64,9 +68,9 @@ def starts_and_ends(settings: Mapping[str, Found], task: str, k: int) -> str:
         axes.set_yticks(range(len(settings)), [short[name] for name in settings])
         if common:
             axes.set_title(common)
-        axes.set(ylim=(len(settings) - 0.5, -0.5), xlabel=f"pass@{k}: end (large), start, base (square)")
+        axes.set(ylim=(len(settings) - 0.5, -0.5), xlabel=f"{label}: end (large), start, base (square)")
         axes.grid(axis="y", visible=False)
-        return svg(figure, f"pass@{k} of every setting before and after its last stage, 95 % intervals ({task})")
+        return svg(figure, f"{label} of every setting before and after its last stage, 95 % intervals ({task})")
 
 
 def over_values(found: Found, task: str) -> list[str]:
