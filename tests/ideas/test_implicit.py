@@ -66,6 +66,22 @@ def test_gradient_in_the_scores(std: str, ddof: int, scale: float) -> None:
             assert abs((found[rows] * scores[rows]).sum()) < 1e-14  # nor does their scale
 
 
+@pytest.mark.parametrize("spread", [8.0, 0.01])  # above the floor and below it
+@pytest.mark.parametrize("std", ["attached", "detached"])
+def test_rewards_in_any_order_push_nothing_on_average(std: str, spread: float) -> None:
+    """Over all orders of a group's rewards the gradient through the deviation has mean 0, so that whatever sets
+    completions apart (their length) is pushed on by its relation to the reward alone. Without it, and below the floor,
+    what is left pulls every score back to the group's mean: (2/(N·s²))·(r̂ − mean)."""
+    scores, rewards, ids, lengths = groups_of(5, seed=6, spread=spread)
+    made = policy("implicit", std=std)
+    orders = [torch.tensor(order) for order in itertools.permutations(range(5))]
+    mean = torch.stack([made.coefficients(scores, rewards[order], ids, lengths)[0] for order in orders]).mean(0)
+    s = max(scores.std().item(), made.std_floor)
+    pull = 2 / (5 * s**2) * (scores - scores.mean())
+    truth = torch.zeros_like(mean) if (std, spread) == ("attached", 8.0) else pull
+    torch.testing.assert_close(mean, truth, rtol=1e-9, atol=1e-12)
+
+
 def test_groups_of_equal_rewards_are_masked_and_not_counted() -> None:
     scores, rewards, ids, lengths = groups_of(4, 3)
     made = policy("implicit")
