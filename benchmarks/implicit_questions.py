@@ -95,12 +95,13 @@ class Cell:
 def cells(seeds: int) -> list[Cell]:
     """All cells, setting by setting: gradients after RL come behind the runs that they read."""
     floor = (("std_floor", FLOORS[1]),)
-    settings: list[dict[str, Any]] = [{"kind": "gradients", "lr": 0.0}, {"kind": "rl"}, {"kind": "gradients"}]
-    settings += [{"kind": "rl", "policy": "grpo", "lr": 3e-4}, {"kind": "rl", "hyper": (("score", "kl_mean"),)}]
-    settings += [{"kind": "rl", "lr": lr} for lr in RATES[1:]]
-    settings += [{"kind": "rl", "coin": True}, {"kind": "rl", "policy": "grpo", "lr": 3e-4, "coin": True}]
-    settings += [{"kind": "rl", "lr": lr, "hyper": floor} for lr in RATES]
-    settings += [{"kind": "rl", "policy": "grpo", "lr": lr} for lr in (6e-4, 1.5e-4)]
+    settings: list[dict[str, Any]] = [{"kind": "gradients", "lr": 0.0}, {"kind": "rl"}]
+    settings += [{"kind": "rl", "policy": "grpo", "lr": 3e-4}, {"kind": "rl", "lr": 3e-4}]
+    settings += [{"kind": "rl", "lr": 3e-4, "hyper": floor}, {"kind": "rl", "lr": 6e-4}]
+    settings += [{"kind": "gradients"}, {"kind": "rl", "lr": 1.2e-3}, {"kind": "rl", "lr": 6e-4, "hyper": floor}]
+    settings += [{"kind": "rl", "coin": True}, {"kind": "rl", "hyper": (("score", "kl_mean"),)}]
+    settings += [{"kind": "rl", "policy": "grpo", "lr": 6e-4}]
+    settings += [{"kind": "rl", "lr": lr, "hyper": floor} for lr in (1.5e-4, 1.2e-3)]
     return [Cell(seed=seed, **own) for own in settings for seed in range(seeds)]
 
 
@@ -360,6 +361,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--work", type=Path, default=Path("runs/implicit-questions"))
     parser.add_argument("--only", action="append", help="cells whose name begins like this")
+    parser.add_argument("--show", action="store_true", help="what is there; nothing is measured")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--figures", type=Path)
     parser.add_argument("--read", type=Path, help="a file of --out, whose tables and figures are made again")
@@ -378,6 +380,7 @@ def main() -> None:
                 one, other = measured(bench, cell), measured(bench, cell, again=True)
                 return print(cell.name, "differs in", [k for k in one if k != "cpu_seconds" and one[k] != other[k]])
             chosen = [c for c in cells(asked.seeds) if not asked.only or c.name.startswith(tuple(asked.only))]
+            chosen = [c for c in chosen if not asked.show or (asked.work / f"{c.name}.json").exists()]
             made = [
                 {**dataclasses.asdict(c), "hyper": dict(c.hyper), "name": c.name} | measured(bench, c) for c in chosen
             ]

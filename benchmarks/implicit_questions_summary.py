@@ -28,8 +28,12 @@ Found = dict[str, float]
 
 
 def over(values: Any) -> Found:
-    """Mean and t interval of one number per seed."""
-    e = mean_with_interval(np.asarray(values, dtype=float))
+    """Mean and t interval of one number per seed, NaN being none."""
+    known = np.asarray(values, dtype=float)
+    known = known[~np.isnan(known)]
+    if not len(known):
+        return {"mean": np.nan, "low": np.nan, "high": np.nan}
+    e = mean_with_interval(known)
     return {"mean": e.mean, "low": e.low, "high": e.high}
 
 
@@ -50,6 +54,12 @@ def total(cells: Cells, loss: str, key: str) -> float:
 def noise(cells: Cells, loss: str) -> float:
     """E‖g − Eg‖²/‖Eg‖², each summed over seeds first."""
     return total(cells, loss, "variance") / total(cells, loss, "squared")
+
+
+def top_tenth(cell: dict[str, Any], loss: str) -> float:
+    """Share of Σ‖g_k − Eg‖² that comes from a tenth of the groups."""
+    away = np.sort(cell[loss]["away"])[::-1]
+    return float(away[: round(len(away) / 10)].sum() / away.sum())
 
 
 def longer(cells: Cells, loss: str, key: str = "longer") -> float:
@@ -73,8 +83,11 @@ def gradients(cells: Cells) -> dict[str, Any]:
     for loss in LOSSES:
         out[loss] = {
             "relative variance": jackknife(cells, lambda c, loss=loss: noise(c, loss)),
+            "that over kl_sum's": jackknife(cells, lambda c, loss=loss: noise(c, loss) / noise(c, "kl_sum"), log=True),
+            "of it from a tenth of the groups": over([top_tenth(c, loss) for c in cells]),
             "cosine with its mean": over([c[loss]["own cosine"] for c in cells]),
             "cosine with the reward's": over([c[loss]["reward cosine"] for c in cells]),
+            "that less kl_sum's": over([c[loss]["reward cosine"] - c["kl_sum"]["reward cosine"] for c in cells]),
             "cosine of the means": jackknife(
                 cells,
                 lambda c, loss=loss: (
@@ -89,7 +102,6 @@ def gradients(cells: Cells) -> dict[str, Any]:
             "tokens at covariance 0": jackknife(cells, lambda c, loss=loss: regressed(c, loss)[0]),
             "tokens by covariance": jackknife(cells, lambda c, loss=loss: regressed(c, loss)[1]),
         }
-    out["noise of kl_mean / kl_sum"] = jackknife(cells, lambda c: noise(c, "kl_mean") / noise(c, "kl_sum"), log=True)
     cuts = np.quantile(np.concatenate([c["spread"] for c in cells]), [1 / 3, 2 / 3])
     out["cuts of the spread"] = cuts.tolist()
     for number, name in enumerate(BINS):
@@ -110,6 +122,10 @@ def gradients(cells: Cells) -> dict[str, Any]:
     return out
 
 
+def share(values: list[Any]) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
 def trend(values: list[float]) -> float:
     """What a straight line through the steps gains from the first to the last."""
     return float(np.polyfit(np.arange(len(values)), values, 1)[0] * (len(values) - 1))
@@ -126,11 +142,14 @@ def detrended(values: Any) -> np.ndarray[Any, Any]:
 
 def lagged(cell: dict[str, Any], of: Callable[[Any], float], lag: int) -> float:
     """Correlation over the steps of a run, from the second on, of log `of` the groups' deviations with the log of the
-    gradient norm `lag` steps later; a straight line is taken out of both."""
-    deviations = detrended(np.log([max(of(step), 1e-6) for step in cell["deviations"][1:]]))
-    norms = detrended(np.log(cell["grad_norm"][1:]))
-    last = len(norms) - lag
-    return float(np.corrcoef(deviations[:last], norms[lag:])[0, 1])
+    gradient norm `lag` steps later; a straight line is taken out of both. NaN where fewer than 8 steps had a signal."""
+    told = [i for i, step in enumerate(cell["deviations"]) if i and len(step) and min(step) > 0]
+    if len(told) < 8:
+        return float("nan")
+    deviations = dict(zip(told, detrended(np.log([of(cell["deviations"][i]) for i in told])), strict=True))
+    norms = dict(zip(told, detrended(np.log([cell["grad_norm"][i] for i in told])), strict=True))
+    both = [(deviations[i], norms[i + lag]) for i in told if i + lag in norms]
+    return float(np.corrcoef(np.array(both).T)[0, 1])
 
 
 LAGS = {
@@ -154,10 +173,11 @@ def runs(cells: Cells) -> dict[str, Any]:
         "spikes": over([spikes(c["grad_norm"]) for c in cells]),
     }
     if "deviations" in cells[0]:
+        nats = "score" not in cells[0]["hyper"]  # of kl_mean they are nats per token, and so is the floor
         for name, steps in (("step 2", slice(1, 2)), ("steps 3 to 4", slice(2, 4)), ("after", slice(4, None))):
-            below = [np.mean([s < FLOOR for step in c["deviations"][steps] for s in step]) for c in cells]
-            out[f"below 0.1, {name}"] = over(below)
-        out["s, last steps"] = over([np.mean([np.mean(step) for step in c["deviations"][-LATE:]]) for c in cells])
+            below = [share([s < FLOOR for step in c["deviations"][steps] for s in step]) for c in cells]
+            out |= {f"below 0.1, {name}": over(below)} if nats else {}
+        out["s, last steps"] = over([share([s for step in c["deviations"][-LATE:] for s in step]) for c in cells])
         for name, (of, lag) in LAGS.items():
             out[name] = over([lagged(c, of, lag) for c in cells])
     return out
@@ -172,11 +192,13 @@ def setting(cell: dict[str, Any]) -> str:
 
 
 def by_setting(cells: Cells) -> dict[str, Cells]:
+    """The RL runs of each setting of which every seed is there."""
     out: dict[str, Cells] = defaultdict(list)
     for cell in cells:
         if cell["kind"] == "rl":
             out[setting(cell)].append(cell)
-    return out
+    most = max(map(len, out.values()))
+    return {name: own for name, own in out.items() if len(own) == most}
 
 
 def summary(cells: Cells) -> dict[str, Any]:
@@ -186,20 +208,25 @@ def summary(cells: Cells) -> dict[str, Any]:
     start = points["start"]
     differences = {}
     pairs = [("implicit 0.00015", "grpo 0.0003"), ("implicit 0.00015", "kl_mean 0.00015")]
-    pairs += [("implicit 0.00015, coin", "grpo 0.0003, coin")]
+    pairs += [("implicit 0.00015", "implicit 0.00015, coin"), ("grpo 0.0006", "grpo 0.0003")]
+    pairs += [("implicit 0.0006", "grpo 0.0006"), ("implicit 0.0003", "grpo 0.0003")]
     pairs += [(f"implicit {lr:g}", "implicit 0.00015") for lr in RATES[1:]]
     pairs += [(f"implicit {lr:g}, floor 1", f"implicit {lr:g}") for lr in RATES]
     for one, other in pairs:
         for key, of in (("pass@1", lambda c: c["pass@1"]), ("tokens gained", lambda c: trend(c["tokens"]))):
-            both = zip(made[one], made[other], strict=True)
-            differences[f"{one} − {other}, {key}"] = over([of(a) - of(b) for a, b in both])
-    watched = {floor: [c for c in cells if "deviations" in c and not c["coin"] and "score" not in c["hyper"]
-                       and c["hyper"].get("std_floor", FLOOR) == floor] for floor in FLOORS}  # fmt: skip
+            if one in made and other in made:
+                both = zip(made[one], made[other], strict=True)
+                differences[f"{one} − {other}, {key}"] = over([of(a) - of(b) for a, b in both])
+    watched = {
+        floor: [c for name in made for c in made[name] if name in {f"implicit {lr:g}{said}" for lr in RATES}]
+        for floor, said in zip(FLOORS, ("", f", floor {FLOORS[1]:g}"), strict=True)
+    }
     lags = {}
     for floor, own in watched.items():
         seeds = [[c for c in own if c["seed"] == seed] for seed in sorted({c["seed"] for c in own})]
-        for name, (of, lag) in LAGS.items():  # the runs of a seed share its start
-            lags[f"{name}, floor {floor:g}"] = over([np.mean([lagged(c, of, lag) for c in one]) for one in seeds])
+        for name, (of, lag) in LAGS.items() if own else ():  # the runs of a seed share its start
+            each = [[r for c in one if (r := lagged(c, of, lag)) == r] for one in seeds]
+            lags[f"{name}, floor {floor:g}"] = over([share(r) for r in each])
     per_reward = {
         name: jackknife(own, lambda c: 0.1 * sum(trend(x["tokens"]) for x in c) / sum(trend(x["right"]) for x in c))
         for name, own in made.items()
@@ -207,7 +234,7 @@ def summary(cells: Cells) -> dict[str, Any]:
     }
     return {
         "start tokens": over([c["tokens"] for c in start]),
-        "gradients": {where: gradients(own) for where, own in points.items()},
+        "gradients": {where: gradients(own) for where, own in points.items() if len(own) > 1},
         "runs": {name: runs(own) for name, own in made.items()},
         "tokens gained per 0.1 reward gained": per_reward,
         "differences": differences,
@@ -238,18 +265,19 @@ def rounded(value: Any) -> Any:
 
 
 def curves(made: dict[str, Cells], key: Callable[[dict[str, Any]], Any], ylabel: str, lines: dict[str, str],
-           *, log: bool = False) -> str:  # fmt: skip
+           *, log: bool = False, first: int = 1) -> str:  # fmt: skip
     """A number over the steps: mean over seeds and 95 % band, one line for each label → setting."""
     with style():
         figure, axes = frame((4.9, 3.1))
         ends = []
-        for look in run_looks(list(lines)):
+        for look in run_looks([label for label, name in lines.items() if name in made]):
             rows = np.array([key(c) for c in made[lines[look.label]]], dtype=float)
-            rows = np.log(rows) if log else rows
-            mean = rows.mean(0)
-            half = stats.t.ppf(0.975, len(rows) - 1) * rows.std(0, ddof=1) / len(rows) ** 0.5
+            rows = np.log(np.where(rows > 0, rows, np.nan)) if log else rows
+            told = (~np.isnan(rows)).sum(0) > 1  # steps at which two seeds have a value
+            x, rows = np.flatnonzero(told) + first, rows[:, told]
+            mean, known = np.nanmean(rows, 0), (~np.isnan(rows)).sum(0)
+            half = stats.t.ppf(0.975, known - 1) * np.nanstd(rows, 0, ddof=1) / known**0.5
             low, high, mean = (np.exp(x) if log else x for x in (mean - half, mean + half, mean))
-            x = np.arange(rows.shape[1]) + 13 - rows.shape[1]
             axes.fill_between(x, low, high, color=look.colour, alpha=0.1, linewidth=0)
             axes.plot(x, mean, color=look.colour, linestyle=look.dash, marker=look.marker, markersize=4)
             ends.append((float(x[-1]), float(mean[-1]), look))
@@ -269,12 +297,12 @@ def thirds(found: dict[str, Any]) -> str:
     labels = ["all", *BINS]
     with style():
         figure, axes = frame((4.9, 2.8))
-        for look, (where, own), shift in zip(run_looks(list(WHERE.values())), found["gradients"].items(), (-0.1, 0.1),
-                                             strict=True):  # fmt: skip
-            rows = [own["noise of kl_mean / kl_sum"], *(own[f"the same, {name} spread"] for name in BINS)]
+        points = found["gradients"]
+        for look, own, shift in zip(run_looks(list(points)), points.values(), (-0.1, 0.1), strict=False):
+            rows = [own["kl_mean"]["that over kl_sum's"], *(own[f"the same, {name} spread"] for name in BINS)]
             x, mean = np.arange(4) + shift, np.array([row["mean"] for row in rows])
             error = [mean - [row["low"] for row in rows], np.array([row["high"] for row in rows]) - mean]
-            axes.errorbar(x, mean, error, color=look.colour, marker=look.marker, linestyle="none", label=where)
+            axes.errorbar(x, mean, error, color=look.colour, marker=look.marker, linestyle="none", label=look.label)
         axes.axhline(1.0, color="#030303", linewidth=0.8)
         axes.set_xticks(range(4), labels)
         axes.set(xlabel="groups, by the spread of their lengths", ylabel="noise, kl_mean / kl_sum")
@@ -286,15 +314,15 @@ def draw(cells: Cells, found: dict[str, Any], folder: Path) -> None:
     """The figures of docs/results/implicit-questions.md."""
     made = by_setting(cells)
     verdicts = {"implicit": "implicit 0.00015", "GRPO": "grpo 0.0003", "kl_mean": "kl_mean 0.00015"}
-    coins = {"implicit, coin": "implicit 0.00015, coin", "GRPO, coin": "grpo 0.0003, coin"}
+    coins = {"implicit, coin": "implicit 0.00015, coin"}
     rates = {f"{lr:g}": f"implicit {lr:g}" for lr in RATES}
     pictures = {
         "noise": thirds(found),
         "length": curves(made, lambda c: c["tokens"], "tokens of a completion", verdicts | coins),
         "reward": curves(made, lambda c: c["right"], "share right", rates),
         "norm": curves(made, lambda c: c["grad_norm"], "gradient norm", rates, log=True),
-        "deviation": curves(made, lambda c: [np.mean(s) for s in c["deviations"][1:]],
-                            "group deviation s, nats", rates, log=True),
+        "deviation": curves(made, lambda c: [share(s) for s in c["deviations"][1:]],
+                            "group deviation s, nats", rates, log=True, first=2),
     }  # fmt: skip
     for name, picture in pictures.items():
         (folder / f"implicit-questions-{name}.svg").write_text(picture)
