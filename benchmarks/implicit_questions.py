@@ -386,6 +386,8 @@ def main() -> None:
             ]
         command = f"python benchmarks/implicit_questions.py --seeds {asked.seeds}"
         record = {**made_with(command, "torch", "transformers", "trl"), "cells": rounded(made)}
+        there = {cell["name"] for cell in made}
+        record["missing"] = [cell.name for cell in cells(asked.seeds) if cell.name not in there]
         found = summary(record["cells"])
         if asked.out:
             asked.out.write_text(json.dumps(record | {"summary": rounded(found)}) + "\n")
