@@ -25,8 +25,17 @@ _PAPER = (
     (r"(?m)^(prompts|update_prompts) = (128|64)$", r"\1 = 4"),
     (r"(?ms)^tasks = \[.*?^\]", SMALL_TASKS),
 )
+_BASE = (("demos = 16000", "demos = 8"), ("test = 200", "test = 4"))
 GROUNDED: dict[str, tuple[tuple[str, str], ...]] = {
     "demo": (_TINY,),
+    "base-knights": _BASE,
+    "study-domains": (
+        _TINY,
+        ("demos = 512", "demos = 8"),
+        ("validation = 100", "validation = 2"),
+        ("prompts = 1024", "prompts = 16"),
+        ("test = 200", "test = 4"),
+    ),
     "benchmarks": (_TINY, (r"(?ms)^tasks = \[.*?^\]\nproblems = 8", SMALL_TASKS)),
     "gsm8k-smollm2": (
         _TINY,
@@ -85,7 +94,13 @@ def beside() -> dict[str, bytes]:
         }
         for n in range(12)
     ]
+    kin = [{"question": q, "solution": f"#### {s}", "answer": str(s), "kind": "known"} for q, s in sums]
+    domains = {"base": kin[:10], "train": kin[10:36], "test": kin[36:]}
     return {
+        **{
+            f"domains/{family}/{table}.jsonl": mutated_tables.as_jsonl(rows)
+            for family, (table, rows) in itertools.product(("family", "knights"), domains.items())
+        },
         "gsm8k/train.jsonl": mutated_tables.as_jsonl(gsm[:30]),
         "gsm8k/test.jsonl": mutated_tables.as_jsonl(gsm[30:]),
         "deepmath.jsonl": mutated_tables.as_jsonl(deep),
