@@ -25,7 +25,7 @@ _PAPER = (
     (r"(?m)^(prompts|update_prompts) = (128|64)$", r"\1 = 4"),
     (r"(?ms)^tasks = \[.*?^\]", SMALL_TASKS),
 )
-_BASE = (("demos = 16000", "demos = 8"), ("test = 200", "test = 4"))
+_BASE = (("demos = 6400", "demos = 8"), ("test = 200", "test = 4"))
 GROUNDED: dict[str, tuple[tuple[str, str], ...]] = {
     "demo": (_TINY,),
     "base-knights": _BASE,
