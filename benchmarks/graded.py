@@ -10,10 +10,12 @@ demos.jsonl has a row for each demonstration, with the columns
                                     problem goes on with, in the base's proportions; shared by those that agree so far
     value_expert, value_keep        (--values) the Gibbs target of the verifier, e^{lift·right}: w = p·E[y] / (p·E[y] +
                                     (1 − p)·E[others]), each E from answers that the base completes after the token, or
-                                    that left the demonstration there. Tokens of p ≥ `SURE` are left to the base
+                                    that left the demonstration there, drawn to what the prefix is worth as a whole.
+                                    Tokens of p ≥ `SURE`, or that every answer took, are left to the base
 
-as `soft_targets.py` reads them. prompts.jsonl, validation.jsonl and test.jsonl are the recipe's own. Answers are kept
-in answers.jsonl, so that an interrupted run goes on.
+as `soft_targets.py` reads them. The same solution in two forms is one row. validation.jsonl has the column `solved`,
+too, prompts.jsonl and test.jsonl are the recipe's own. Answers are kept in answers.jsonl, so that an interrupted run
+goes on.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from heatbath.engines.sampling import Sampling, seed_of
 from heatbath.recipe import Recipe
 from heatbath.run import append_jsonl, read_jsonl
 from heatbath.stages.rewards import grader_of
-from heatbath.verify.graders import as_gold
+from heatbath.verify.graders import as_gold, require_few_failures
+from heatbath.verify.verdict import Verdict
 
 SURE = 0.95  # a token at least this likely to the base tells nothing of the answer's worth
 PIECE = 2048  # answers between two savings
@@ -51,6 +54,11 @@ class Base:
         assert recipe.model is not None
         path = models.resolve(recipe.model)
         self.recipe, self.samples, self.file = recipe, samples, folder / "answers.jsonl"
+        made = {"base": models.fingerprint_of(path), "samples": samples, "tokens": recipe.eval.max_new_tokens}
+        head = folder / "answers.json"
+        if head.exists() and json.loads(head.read_text()) != made:
+            raise SystemExit(f"{folder} holds answers of another base or other settings: choose another --out")
+        head.write_text(json.dumps(made) + "\n")
         self.tokenizer = models.load_tokenizer(path, recipe.template)
         self.model = models.load_model(path, torch.float32).eval()
 
@@ -69,6 +77,7 @@ class Base:
         found: dict[Prefix, list[tuple[tuple[int, ...], bool]]] = defaultdict(list)
         for one in read_jsonl(self.file):
             found[one["problem"], tuple(one["prefix"])].append((tuple(one["ids"]), one["right"]))
+        found = defaultdict(list, {prefix: own for prefix, own in found.items() if len(own) == self.samples})
         lacking = [prefix for prefix in asked if prefix not in found]
         each = PIECE // self.samples
         for start in range(0, len(lacking), each):
@@ -89,12 +98,17 @@ class Base:
         ids = {one.prompt: [*prefixes[one.prompt][1], *one.ids] for batch in drawn for one in batch}
         texts = [self.tokenizer.decode(ids[i], skip_special_tokens=True) for i in range(len(prefixes))]
         golds = [as_gold(self.recipe.reward.kind, str(asked[prefix].answer)) for prefix in prefixes]
-        with grader_of(self.recipe.reward) as grader:
-            verdicts = grader.grade(texts, golds)
+        verdicts = self.graded(texts, golds)
         return [
             {"problem": prefix[0], "prefix": prefix[1], "ids": ids[i], "right": verdicts[i].status == "right"}
             for i, prefix in enumerate(prefixes)
         ]
+
+    def graded(self, texts: list[str], golds: list[Any]) -> list[Verdict]:
+        with grader_of(self.recipe.reward) as grader:
+            verdicts = grader.grade(texts, golds)
+        require_few_failures(verdicts, texts, golds, self.recipe.reward.failed_share, "graded.py")
+        return verdicts
 
 
 def supervised(base: Base, row: Row) -> list[int]:
@@ -129,27 +143,32 @@ def nodes(answer: list[int], logp: list[float]) -> list[int]:
 
 
 def graded(
-    problem: str, answer: list[int], logp: list[float], found: dict[Prefix, list[Any]], prior: float, lift: float
+    problem: str, answer: list[int], logp: list[float], found: dict[Prefix, list[Any]], right: bool, lift: float
 ) -> list[tuple[float, float]]:
-    """(expert, keep) of each token under the verifier's Gibbs target, from what the base does at each prefix."""
+    """(expert, keep) of each token under the verifier's Gibbs target, from what the base does at each prefix; `right`
+    is whether the answer itself is."""
     unsure, out = set(nodes(answer, logp)), []
     for t, token in enumerate(answer):
         p = math.exp(logp[t])
-        if t not in unsure:
+        before = found[problem, tuple(answer[:t])] if t in unsure else []
+        others = [good for ids, good in before if ids[t : t + 1] != (token,)]
+        if not others:  # nothing tells what the base makes of the rest
             out.append((0.0, 1.0))
             continue
-        before, after = found[problem, tuple(answer[:t])], found.get((problem, tuple(answer[: t + 1])), [])
-        others = [right for ids, right in before if ids[t : t + 1] != (token,)]
-        own = [right for _, right in after] or [True]  # nothing follows EOS: a demonstration is right
-        worth = p * _lifted(own, prior, lift)
-        w = worth / (worth + (1 - p) * _lifted(others, prior, lift))
+        whole = sum(good for _, good in before) / len(before)
+        if t + 1 < len(answer):
+            own = _lifted([good for _, good in found[problem, tuple(answer[: t + 1])]], whole, lift)
+        else:
+            own = math.exp(lift) if right else 1.0
+        worth = p * own
+        w = worth / (worth + (1 - p) * _lifted(others, whole, lift))
         out.append(((w - p) / (1 - p), (1 - w) / (1 - p)))
     return out
 
 
-def _lifted(right: list[bool], prior: float, lift: float) -> float:
-    """E[e^{lift·right}], the share of right answers drawn to `prior` by two more."""
-    share = (sum(right) + 2 * prior) / (len(right) + 2)
+def _lifted(right: list[bool], whole: float, lift: float) -> float:
+    """E[e^{lift·right}], the share of right answers drawn to that of the `whole` prefix by two more."""
+    share = (sum(right) + 2 * whole) / (len(right) + 2)
     return 1 + math.expm1(lift) * share
 
 
@@ -170,36 +189,52 @@ def main() -> None:
     recipe = recipes.load(given.recipe, given.overrides)
     given.out.mkdir(parents=True, exist_ok=True)
     splits, base = sources.of(recipe), Base(recipe, given.samples, given.out)
-    for name in ("validation", "prompts", "test"):
-        rows = getattr(splits, name)
-        write(given.out, name, [{"question": r.question, "solution": r.solution, "answer": r.answer} for r in rows])
-    by_problem: dict[str, list[Row]] = defaultdict(list)
-    for row in splits.demos:
-        by_problem[row.id].append(row)
-    ids = {problem: [supervised(base, row) for row in rows] for problem, rows in by_problem.items()}
-    logp = {problem: [base.logp(rows[0], answer) for answer in ids[problem]] for problem, rows in by_problem.items()}
-    asked: dict[Prefix, Row] = {(problem, ()): rows[0] for problem, rows in by_problem.items()}
-    for problem, rows in by_problem.items() if given.values else ():
-        for answer, own in zip(ids[problem], logp[problem], strict=True):
-            ends = {end for t in nodes(answer, own) for end in (t, t + 1) if end < len(answer)}
-            asked |= {(problem, tuple(answer[:end])): rows[0] for end in ends}
+    for name in ("prompts", "test"):
+        write(given.out, name, [fact(row) for row in getattr(splits, name)])
+    write(given.out, "validation", columned(base, splits.validation, values=None))
+    write(given.out, "demos", columned(base, splits.demos, values=(given.beta, given.lift) if given.values else None))
+
+
+def fact(row: Row) -> dict[str, Any]:
+    return {"question": row.question, "solution": row.solution, "answer": row.answer, "kind": row.kind}
+
+
+def columned(base: Base, rows: list[Row], values: tuple[float, float] | None) -> list[dict[str, Any]]:
+    """The rows with their columns, each solution of a problem once; with `values`, β and the lift, the graded ones."""
+    by_problem: dict[str, dict[str | None, Row]] = defaultdict(dict)
+    for row in rows:
+        by_problem[row.id].setdefault(row.solution, row)
+    known = {}
+    asked: dict[Prefix, Row] = {}
+    for problem, own in by_problem.items():
+        first = next(iter(own.values()))
+        ids = [supervised(base, row) for row in own.values()] if values else []
+        logp = [base.logp(first, answer) for answer in ids]
+        known[problem] = ids, logp
+        asked[problem, ()] = first
+        for answer, each in zip(ids, logp, strict=True):
+            ends = {end for t in nodes(answer, each) for end in (t, t + 1) if end < len(answer)}
+            asked |= {(problem, tuple(answer[:end])): first for end in ends}
     found = base.answers(asked)
-    roots = [right for problem in by_problem for _, right in found[problem, ()]]
-    prior = sum(roots) / len(roots)
-    print(f"{len(by_problem):,} problems, {len(splits.demos):,} demonstrations; the base solves {prior:.3f}")
+    roots = [good for problem in by_problem for _, good in found[problem, ()]]
+    whole = [row for own in by_problem.values() for row in own.values()]
+    print(f"{len(by_problem):,} problems, {len(whole):,} solutions; the base solves {sum(roots) / len(roots):.3f}")
+    golds = [as_gold(base.recipe.reward.kind, str(row.answer)) for row in whole]
+    verdicts = base.graded([str(row.solution) for row in whole], golds) if values else []
+    right = {(row.solution, row.answer): v.status == "right" for row, v in zip(whole, verdicts, strict=False)}
     out = []
-    for problem, rows in by_problem.items():
-        solved = sum(right for _, right in found[problem, ()]) / given.samples
-        columns: list[dict[str, Any]] = [{"solved": solved} for _ in rows]
-        if given.values:
-            lifted = allowed(ids[problem], logp[problem], given.beta)
-            for own, some, answer, known in zip(columns, lifted, ids[problem], logp[problem], strict=True):
-                valued = graded(problem, answer, known, found, prior, given.lift)
+    for problem, solutions in by_problem.items():
+        own = [*solutions.values()]
+        columns: list[dict[str, Any]] = [{"solved": sum(r for _, r in found[problem, ()]) / base.samples} for _ in own]
+        if values:
+            ids, logp = known[problem]
+            lifted = allowed(ids, logp, values[0])
+            for column, some, answer, each, row in zip(columns, lifted, ids, logp, own, strict=True):
+                valued = graded(problem, answer, each, found, right[row.solution, row.answer], values[1])
                 for name, pairs in (("allowed", some), ("value", valued)):
-                    own[f"{name}_expert"], own[f"{name}_keep"] = ([*share] for share in zip(*pairs, strict=True))
-        facts = [{"question": r.question, "solution": r.solution, "answer": r.answer, "kind": r.kind} for r in rows]
-        out += [fact | column for fact, column in zip(facts, columns, strict=True)]
-    write(given.out, "demos", out)
+                    column[f"{name}_expert"], column[f"{name}_keep"] = ([*share] for share in zip(*pairs, strict=True))
+        out += [fact(row) | column for row, column in zip(own, columns, strict=True)]
+    return out
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Quantile:
-    """GIFT whose β follows the policy: of each step's tokens the share `share` surprises it by more than β nats."""
+    """GIFT whose β follows the policy: of a micro-batch's tokens the share `share` surprises it by more than β nats."""
 
     share: float = 0.02
     needs: ClassVar[tuple[str, ...]] = ("logp", "ref_ce", "ref_logp")

@@ -3,6 +3,10 @@
 import importlib.util
 import itertools
 import math
+import random
+import subprocess
+import sys
+from collections import defaultdict
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +14,8 @@ import pytest
 import torch
 
 import heatbath
+from heatbath import recipe as recipes
+from heatbath.data import sources
 from heatbath.ideas.engine import dense_loss
 from heatbath.ideas.statistics import TokenStats
 
@@ -50,22 +56,61 @@ def test_what_demonstrations_go_on_with_is_lifted_in_the_bases_proportions(grade
         torch.testing.assert_close(torch.stack(own).mean(0), lifted.softmax(0), rtol=0, atol=1e-12)
 
 
-def test_a_token_is_worth_what_the_base_makes_of_it(graded: ModuleType) -> None:
-    """w = p·E[y] / (p·E[y] + (1 − p)·E[others]); without a lift that is the base, and a fatal token sinks below it."""
-    answer, logp = [7, 8], [math.log(0.25), math.log(0.5)]
-    before = [((7, 8), True)] * 3 + [((7, 9), False)] + [((6,), False)] * 12
-    found = {("q", ()): before, ("q", (7,)): [((7, 8), True)] * 12 + [((7, 9), False)] * 4}
-    for lift in (0.0, 2.0, 50.0):
-        (expert, keep), (last, kept) = graded.graded("q", answer, logp, found, 0.5, lift)
-        assert expert + keep == pytest.approx(1) and last + kept == pytest.approx(1)
-        own, others = (1 + math.expm1(lift) * share for share in (13 / 18, 1 / 14))
-        w = 0.25 * own / (0.25 * own + 0.75 * others)
-        assert expert + keep * 0.25 == pytest.approx(w)
-    assert graded.graded("q", answer, logp, found, 0.5, 0.0) == [pytest.approx((0, 1)), pytest.approx((0, 1))]
-    found = {("q", ()): [((7, 9), False)] * 4 + [((6,), True)] * 12, ("q", (7,)): [((7, 9), False)] * 16}
-    [(expert, keep), _] = graded.graded("q", answer, logp, found, 0.0, 5.0)
-    assert expert + keep * 0.25 < 0.25
-    assert graded.graded("q", answer, [math.log(0.99)] * 2, found, 0.5, 5.0) == [(0.0, 1.0)] * 2
+def test_values_are_those_of_the_verifiers_gibbs_target(graded: ModuleType) -> None:
+    """Against the exact conditionals of p·e^{lift·right} along an answer, where all 27 answers are listed and those of
+    the base are drawn by the thousand."""
+    lift, length, size = 3.0, 3, 3
+    generator = torch.Generator().manual_seed(3)
+    base = {
+        prefix: torch.randn(size, generator=generator).double().softmax(0)
+        for n in range(length)
+        for prefix in itertools.product(range(size), repeat=n)
+    }
+    every = list(itertools.product(range(size), repeat=length))
+    p = {a: math.prod(float(base[a[:t]][a[t]]) for t in range(length)) for a in every}
+    good = {a: a in [(0, 1, 2), (1, 1, 1), (2, 0, 0), (0, 2, 2)] for a in every}
+    rng = random.Random(0)
+    drawn = {}
+    for n in range(length):
+        for prefix in itertools.product(range(size), repeat=n):
+            own = [a for a in every if a[:n] == prefix]
+            chosen = rng.choices(own, [p[a] for a in own], k=20_000)
+            drawn["q", prefix] = [(a, good[a]) for a in chosen]
+    for answer in ((0, 1, 2), (1, 0, 2), (2, 0, 0)):
+        logp = [math.log(float(base[answer[:t]][answer[t]])) for t in range(length)]
+        shares = graded.graded("q", list(answer), logp, drawn, good[answer], lift)
+        for t, (expert, keep) in enumerate(shares):
+            weights = {a: p[a] * math.exp(lift * good[a]) for a in every if a[:t] == answer[:t]}
+            exact = sum(w for a, w in weights.items() if a[t] == answer[t]) / sum(weights.values())
+            assert expert + keep * math.exp(logp[t]) == pytest.approx(exact, abs=0.02)
+    assert max(abs(expert) for expert, _ in shares) > 0.2  # far from the base, so that it could have been missed
+
+
+def test_where_nothing_tells_a_token_is_left_to_the_base(graded: ModuleType) -> None:
+    took = {("q", ()): [((7, 8), False)] * 8, ("q", (7,)): [((7, 9), True)] * 8}
+    [first, last] = graded.graded("q", [7, 8], [math.log(0.9), math.log(0.5)], took, True, 5.0)
+    assert first == (0.0, 1.0)  # every answer took it: its worth beside others is not known
+    assert last[0] + last[1] * 0.5 == pytest.approx(0.5)  # after it both are right
+    assert graded.graded("q", [7, 8], [math.log(0.99)] * 2, took, True, 5.0) == [(0.0, 1.0)] * 2
+
+
+@pytest.mark.thorough
+def test_the_files_of_a_recipe_are_what_its_runs_learn_from(graded: ModuleType, tmp_path: Path) -> None:
+    """Written by the script, read by the recipe: of each prefix the shares of its demonstrations have the mean 1."""
+    line = [sys.executable, str(BENCHMARKS / "graded.py"), "study-paths", "data.paths=4", "data.demos=24"]
+    line += ["--samples", "1", "--values", "--out", str(tmp_path / "data")]
+    subprocess.run(line, check=True, capture_output=True)
+    recipe = recipes.load("study-graded", [f"data.folder={tmp_path / 'data'}", "data.demos=24", "strategy=allowed"])
+    rows = sources.of(recipe).demos
+    assert len({row.id for row in rows}) == 24 and len(rows) < 4 * 24  # some forms give the same text
+    prefixes: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in rows:
+        assert row.solution is not None
+        expert, keep = (row.columns[f"allowed_{name}"] for name in ("expert", "keep"))
+        assert isinstance(expert, list) and isinstance(keep, list) and len(expert) == len(row.solution) + 1
+        for t, (one, other) in enumerate(zip(expert, keep, strict=True)):
+            prefixes[row.id, row.solution[:t]].append(one + other)
+    assert all(sum(own) / len(own) == pytest.approx(1) for own in prefixes.values())
 
 
 def test_the_mixture_is_the_cross_entropy_to_its_target() -> None:

@@ -1,5 +1,6 @@
 """The built-in programming task: words, programs and tests say the same, and the tests tell a slip."""
 
+import dataclasses
 import json
 import random
 import re
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from heatbath.data.functions import FORMS, Function, flawed, problems, rows, solve
+from heatbath.data.functions import CONDITIONS, FORMS, Function, flawed, problems, rows, solve
 from heatbath.verify.code import CodeGrader, available
 
 
@@ -62,6 +63,24 @@ def test_words_tests_and_every_form_agree() -> None:
         for [xs], output in zip(gold["inputs"], gold["outputs"], strict=True):
             assert answer(function.question, xs) == output
             assert [run(solve(function, form), xs) for form in FORMS] == [output] * len(FORMS), function.question
+
+
+def test_a_longer_list_begins_with_the_shorter_one() -> None:
+    for held_out in (False, True):
+        assert problems(900, 7, held_out=held_out)[:30] == problems(30, 7, held_out=held_out)
+        assert problems(30, 8, held_out=held_out) != problems(30, 7, held_out=held_out)
+
+
+def test_a_threshold_off_by_one_shows_in_every_end() -> None:
+    """Also where only the largest or the smallest number is returned."""
+    told = 0
+    for function in problems(600, 9, held_out=False):
+        near = dataclasses.replace(function, condition=CONDITIONS[CONDITIONS.index(function.condition) - 1])
+        wrong = [near(xs) for xs in function.tests()[0]] != function.tests()[1]
+        told += wrong
+        everywhere = [[x] for x in range(-12, 25)] + [[x, y] for x in range(-12, 25) for y in range(-12, 25)]
+        assert wrong or all(near(xs) == function(xs) for xs in everywhere), function.question
+    assert told > 500  # the others are the same function, as after a multiplication by 9
 
 
 def test_every_problem_has_words_of_its_own_and_one_side() -> None:

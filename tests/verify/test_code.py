@@ -370,6 +370,9 @@ def test_the_reference_and_equal_programs_run_once(grader: CodeGrader, monkeypat
     assert len(runs) == 1 + 2 * 2
     grader.grade([program] * 2, [SHAPES, SUMS])  # another problem's tests are other inputs
     assert len(runs) == 1 + 2 * 2 + 2
+    killed = fenced("import os\nos.kill(os.getpid(), 9)")  # a failure may be the machine's: every copy has its own
+    assert [got.status for got in grader.grade([killed] * 3, [SUMS] * 3)] == ["crashed"] * 3
+    assert len(runs) == 1 + 2 * 2 + 2 + 3
 
 
 def test_a_starved_program_is_tried_again_alone(grader: CodeGrader, monkeypatch: pytest.MonkeyPatch) -> None:

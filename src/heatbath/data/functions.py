@@ -19,7 +19,7 @@ from heatbath.data.rows import HELD_OUT, Row, position
 
 FORMS = ("expression", "steps", "loop", "chain")
 NUMBERS = range(-12, 25)  # what the lists of the tests hold
-SHORT_LISTS = 10  # of the tests, beside the empty list and all of `NUMBERS`: a maximum shows a slip in these
+SHORT_LISTS = 10  # of the tests, beside none, all and each one of `NUMBERS`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +89,10 @@ class Function:
         return result
 
     def tests(self) -> tuple[list[list[int]], list[int | list[int]]]:
-        """Inputs and outputs, the same for the same problem."""
+        """Inputs and outputs, the same for the same problem. A largest or smallest number shows a slip only where few
+        others stand beside it: each number is also a list of its own."""
         rng = random.Random(f"heatbath functions {self.question}")
-        lists = [[], rng.sample(NUMBERS, len(NUMBERS))]
+        lists = [[], rng.sample(NUMBERS, len(NUMBERS)), *([x] for x in NUMBERS)]
         lists += [rng.choices(NUMBERS, k=rng.randint(1, 4)) for _ in range(SHORT_LISTS)]
         return lists, [self(xs) for xs in lists]
 
@@ -102,13 +103,15 @@ class Function:
 
 
 def problems(count: int, seed: int, *, held_out: bool) -> list[Function]:
-    """The first `count` problems in an order fixed by the seed. Raises ValueError when fewer exist."""
+    """The first `count` problems in an order fixed by the seed: a longer list begins with the shorter one. Raises
+    ValueError when fewer exist."""
     every = (Function(*parts) for parts in itertools.product(*PARTS.values(), (False, True)))
     found = [function for function in every if function.held_out == held_out]
     if count > len(found):
         kind = "held-out" if held_out else "training"
         raise ValueError(f"{count:,} {kind} problems wanted, but only {len(found):,} exist")
-    return random.Random(f"heatbath functions {seed}").sample(found, count)
+    random.Random(f"heatbath functions {seed}").shuffle(found)
+    return found[:count]
 
 
 def solve(function: Function, form: str) -> str:

@@ -438,8 +438,7 @@ def required(record: dict[str, Any], name: str, what: str, where: str) -> str:
 def _missing(record: dict[str, Any], name: str, what: str, where: str) -> DataError:
     if name in record:
         return DataError(f"'{name}' is empty in the row", where, f"fill in the {what}, or drop the row")
-    return DataError(
-        f"no '{name}' in the row (it has {', '.join(map(str, record)) or 'no fields'})",
-        where,
-        f"data.fields.{what} names the field that holds the {what}",
-    )
+    remedy = f"data.fields.{what} names the field that holds the {what}"
+    if what == "columns":
+        remedy = "data.fields.columns names it, for demonstrations and validation rows alike: give it to every row"
+    return DataError(f"no '{name}' in the row (it has {', '.join(map(str, record)) or 'no fields'})", where, remedy)

@@ -47,7 +47,7 @@ from heatbath.verify.sandbox import (
     lost,
     read_values,
 )
-from heatbath.verify.verdict import Status, Verdict
+from heatbath.verify.verdict import JUDGED, Status, Verdict
 
 __all__ = ["BUBBLEWRAP", "UNISOLATED", "CodeGrader", "Program", "available", "find_programs"]
 
@@ -204,7 +204,7 @@ class CodeGrader:
 
     def grade(self, completions: Sequence[str], golds: Sequence[Mapping[str, Any] | str]) -> list[Verdict]:
         """A verdict for each completion, in order; no process it started goes on after that. The same completion to
-        the same gold is run once."""
+        the same gold is run once, unless it fails."""
         if len(completions) != len(golds):
             raise ValueError(f"{len(completions)} completions, but {len(golds)} golds")
         if self._pid != os.getpid():  # forked: the locks may be held by threads that are not here
@@ -212,11 +212,19 @@ class CodeGrader:
         call, keys = _Call(RETRIES), [_key(gold) for gold in golds]
         tests = {key: _read(gold) for key, gold in dict(zip(keys, golds, strict=True)).items()}  # once for a group
         texts = [text if isinstance(text, str) else None for text in completions]
-        first = {pair: number for number, pair in reversed([*enumerate(zip(texts, keys, strict=True))])}
+        pairs = list(zip(texts, keys, strict=True))
+        first = {pair: number for number, pair in reversed([*enumerate(pairs)])}
         with ThreadPoolExecutor(max_workers=max(1, min(self.workers, len(golds)))) as pool:
-            graded = pool.map(lambda pair: self._grade(completions[first[pair]], tests[pair[1]], call), first)
-            verdicts = dict(zip(first, graded, strict=True))
-        return [verdicts[pair] for pair in zip(texts, keys, strict=True)]
+
+            def graded(numbers: Sequence[int]) -> dict[int, Verdict]:
+                run = pool.map(lambda i: self._grade(completions[i], tests[keys[i]], call), numbers)
+                return dict(zip(numbers, run, strict=True))
+
+            found = graded([*first.values()])
+            # One failure, perhaps of this machine, must not count for all its copies: these are run themselves.
+            failed = [i for i, pair in enumerate(pairs) if found[first[pair]].status not in JUDGED and i not in found]
+            found |= graded(failed)
+        return [found[i] if i in found else found[first[pair]] for i, pair in enumerate(pairs)]
 
     def close(self) -> None:
         """Forgets the expected values; between calls of `grade` there is no process to end."""
