@@ -3,17 +3,26 @@
     python benchmarks/study.py runs/theory --commit COMMIT --out benchmarks/results/study-theory-cpu2.json
     python benchmarks/study.py benchmarks/results/study-theory-cpu2.json --tables
 
-`--commit` is the one that the cells ran at; `--note` says what else the machine did.
+`--commit` is the one that the cells ran at; `--note` says what else the machine did. Beside what compare.json holds the
+record has `differ`: the probability that two right answers to a problem are written differently, which unlike
+distinct@k does not grow with pass@k. It is the mean over the problems with two right samples or more, for each seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from made_with import made_with
+
+from heatbath.ideas.intervals import mean_with_interval
+from heatbath.run import Run
+from heatbath.stages.grid import slug
 
 KEPT = ("recipe", "overrides", "cells", "seeds", "vary", "tuned", "baseline", "settings", "differences")
 
@@ -23,7 +32,27 @@ def record(folder: Path, commit: str, note: str) -> dict[str, Any]:
     found = json.loads((folder / "compare.json").read_text())
     command = " ".join(["heatbath compare", Path(found["recipe"]).stem, *found["overrides"]])
     head = made_with(command, "torch", "transformers", "trl") | {"commit": commit, "seconds_note": note}
-    return head | {key: rounded(found[key]) for key in KEPT}
+    apart = {name: differing(folder / slug(name), own["seeds"]) for name, own in found["settings"].items()}
+    return head | {key: rounded(found[key]) for key in KEPT} | {"differ": rounded(apart)}
+
+
+def differing(folder: Path, seeds: list[int]) -> dict[str, list[float]]:
+    """Policy → of each seed, how often two right answers to one problem differ."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for seed in seeds:
+        run = Run.read(folder / str(seed))
+        for policy in run.policies:
+            written: dict[str, list[str]] = defaultdict(list)
+            for one in run.samples(policy):
+                if one["status"] == "right":
+                    written[one["problem"]].append(one["completion"].strip())
+            pairs = [
+                1 - sum(n * (n - 1) for n in Counter(own).values()) / (len(own) * (len(own) - 1))
+                for own in written.values()
+                if len(own) > 1
+            ]
+            found[policy].append(sum(pairs) / len(pairs) if pairs else float("nan"))
+    return found
 
 
 def rounded(value: Any) -> Any:
@@ -32,6 +61,11 @@ def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: rounded(one) for key, one in value.items()}
     return [rounded(one) for one in value] if isinstance(value, list) else value
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Mean and t interval over seeds."""
+    return mean_with_interval(np.array(values)).numbers()
 
 
 def number(found: dict[str, Any], digits: int = 3) -> str:
@@ -61,11 +95,18 @@ def tables(found: dict[str, Any]) -> str:
         ready = [value for value in own["readiness"] if value is not None]
         nll = own["validation"][-1][1] if own["validation"] else []
         row += [f"{sum(x) / len(x):.3f}" if (x := list(values)) else "–" for values in (ready, nll)]
+        apart = [values for policy, values in found["differ"].get(name, {}).items() if policy != "base"]
+        row += [" → ".join(number(spread(values), 2) for values in apart)]
         row += [f"{sum(part['seconds'] for part in own['cost'].values()):.0f} s"]
         lines.append("| " + " | ".join(row) + " |")
     lines.append(
-        "columns: pass@1, pass@most, distinct@most of base, init, final; informative groups; last NLL; seconds"
+        "columns: pass@1, pass@most, distinct@most of base, init, final; informative groups; last NLL; differ; seconds"
     )
+    whole = found["differ"]
+    for one, other in itertools.combinations((name for name in whole if "final" in whole[name]), 2):
+        if len(whole[one]["final"]) == len(whole[other]["final"]) > 1:
+            change = spread([y - x for x, y in zip(whole[one]["final"], whole[other]["final"], strict=True)])
+            lines.append(f"differ: {one} → {other}: {number(change)}")
     for one in found["differences"].get("test", []):
         lines.append(
             f"k={one['k']}: {one['from']} → {one['to']}: {signed(one)} (p {one['p']:.3f}, mde {one['mde']:.3f})"
