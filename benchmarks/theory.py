@@ -160,6 +160,7 @@ def draw(found: list[dict[str, Any]], folder: Path) -> None:
     gaps = {f"{SHORT.get(name, name)}, {shown}": (shown, name) for shown in ("one", "all") for name in WARM}
     kept = {"exact": ("none", "exact"), "base": ("none", "base")}
     kept |= {label: which for label, which in gaps.items() if which[0] == "all"}
+    kept["sft fitted, all"] = ("all", "sft, fitted")
     for name, key, said, lines in (
         ("gap", "gap", "KL(exact ‖ start), nats", gaps),
         ("gap-after-rl", "gap after RL", "KL(exact end ‖ end), nats", gaps),
