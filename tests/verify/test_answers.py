@@ -381,6 +381,23 @@ bases ~ 1011_2 ~ 1011_{2} | 01011_2 ~ 1011 | 11 | 1011_3 | 13_8 | -1011_2
 bases ~ 17 ~ 17 ~ 17_8 | 17_{10} | 21_8
 equations ~ y = 2x+3 ~ y=3+2x | 2x+3 | y-2x=3 | y = 2(x+1)+1 ~ y=2x-3 | y=2x | z=2x+3
 equations ~ x^2+y^2=4 ~ y^2+x^2=4 | 2x^2+2y^2=8 | x^2=4-y^2 ~ x^2+y^2=2 | x^2-y^2=4 | 4
+names ~ x=1, y=2 ~ y=2, x=1 | y=2 \text{ and } x=1 | (x,y)=(1,2) | 1, 2 | width=1, height=2 ~ x=2, y=1 | 2, 1 | x=1, x=2
+names ~ x=1, x=2 ~ x=2, x=1 | x_1=2, x_2=1 | 2, 1 ~ x=1, x=3
+names ~ a = 1 \text{ and } b = 2 ~ b = 2, a = 1 | b=2; a=1 ~ a = 2 \text{ and } b = 1 | b=1; a=2
+names ~ AB=3, CD=4 ~ CD=4, AB=3 | AB=3.0, CD=4 ~ AB=4, CD=3 | EF=3, GH=4
+names ~ f(x)=3, g(x)=4x ~ g(x)=4x, f(x)=3 | f(t)=3, g(t)=4t ~ f(x)=4x, g(x)=3
+names ~ f(x)=3, y=4 ~ y=4, f(x)=3 ~ y=3, f(x)=4
+names ~ Amelia=hero, Elizabeth=villain ~ Elizabeth=villain, Amelia=hero ~ Amelia=villain, Elizabeth=hero
+names ~ Ann=hero, Zoe=villain ~ Zoe=villain, Ann=hero | \text{Zoe}=\text{villain}, \text{Ann}=\text{hero} ~ 
+names ~ Ann=hero, Zoe=villain ~ Ann=hero and Zoe=villain | Z=villain, A=hero | Zoie=villain, Ann=hero ~ 
+names ~ Ann=hero, Zoe=villain ~  ~ Ann=villain, Zoe=hero | Ann=villain or Zoe=hero | Ann=hero
+names ~ Ann=hero, Zoe=villain ~  ~ \text{Ann}=\text{villain}; \text{Zoe}=\text{hero} | Z=hero, A=villain
+names ~ Ann=hero, Zoe=villain ~  ~ Ann=hero, Ann=villain | Amy=villain, Liz=hero | villain, hero
+names ~ Ann=hero \text{ or } Zoe=villain ~ Zoe=villain or Ann=hero ~ Ann=villain or Zoe=hero
+names ~ Amelia=1, Amelia=2, Bob=3 ~ Amelia=2, Bob=3, Amelia=1 ~ Amelia=1, Amelia=3, Bob=2
+names ~ min=3, max=5 ~ 3, 5 | maximum=5, minimum=3 | m=3, M=5 ~ max=3, min=5 | 5, 3 | maximum=3, minimum=5
+names ~ first=1, second=2 ~ x=1, x=2 | x=1, 2 | (1,2) ~ x=2, 1 | second=1, first=2
+names ~ 3, 5 ~ max=5, min=3 ~ max=5, min=4
 inequalities ~ x>3 ~ 3<x | (3,\infty) | 3 < x ~ x<3 | x\ge 3 | 3 | y>3 | [3,\infty)
 infinity ~ \infty ~ ∞ | +\infty | infinity ~ -\infty | 0 | 10^{100} | \pi
 infinity ~ -\infty ~ -∞ ~ \infty

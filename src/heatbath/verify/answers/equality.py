@@ -14,7 +14,16 @@ from typing import Any
 from heatbath.verify.answers import values
 from heatbath.verify.answers.expressions import Apply, Based, Chain, Group, Matrix, Name, Node, Number, Quantity, Words
 from heatbath.verify.answers.intervals import FLIPPED, Interval, is_region, region
-from heatbath.verify.answers.names import assignments, bound, free_names, named_value, numbered, same_name
+from heatbath.verify.answers.names import (
+    assignments,
+    bound,
+    distinct,
+    free_names,
+    named_value,
+    numbered,
+    paired,
+    same_name,
+)
 from heatbath.verify.answers.symbols import RefusedError, UnreadableError
 from heatbath.verify.answers.values import Evaluation, mp, precise
 
@@ -213,10 +222,17 @@ def _same_set(golds: Sequence[Node], answers: Sequence[Node], rules: Rules) -> b
         raise RefusedError(f"more than {MOST_PAIRS} pairs of elements")
     if len(golds) != len(answers) and len(set(golds)) < len(golds):
         return False
-    table = [[same(g, a, rules) for a in answers] for g in golds]
+    own = {named_value(g)[0] for g in golds} & {named_value(a)[0] for a in answers}
+    table = [[not _crossed(g, a, own) and same(g, a, rules) for a in answers] for g in golds]
     there = _all(_any(row) for row in table)
     back = _all(_any(row[i] for row in table) for i in range(len(answers)))
     return _all([there, back])
+
+
+def _crossed(gold: Node, answer: Node, own: set[Node | None]) -> bool:
+    """Whether two values have different names of which one (`own`) is on both sides: it has its value there."""
+    name, other = named_value(gold)[0], named_value(answer)[0]
+    return name is not None and other is not None and name != other and (name in own or other in own)
 
 
 def _all(found: Any) -> bool | None:
@@ -290,28 +306,47 @@ def _same_intervals(golds: list[Interval], answers: list[Interval], rules: Rules
 def _same_assignments(gold: Node, answer: Node, rules: Rules) -> bool | None:
     """x = 1, y = 2 by name against other names, by place against values without names; None where nothing is named."""
     golds, answers = assignments(gold), assignments(answer)
-    if golds is None and answers is None:
+    names, others = ([name for name, _ in pairs or ()] for pairs in (golds, answers))
+    if golds and answers and distinct(names):
+        if distinct(others):
+            return _same_by_name(golds, answers, rules)
+        if not set(names).isdisjoint(others):
+            return False  # y is given two values, or x none
+    if golds and distinct(names) and _placed(gold):
+        pairs, other = golds, answer
+    elif answers and distinct(others) and _placed(answer) and not any(isinstance(name, Words) for name in others):
+        pairs, other = answers, gold  # a word may explain a value of a list in any order
+    else:
         return None
-    if golds is not None and answers is not None:
-        if len(golds) != len(answers):
+    name, value = named_value(other)
+    if isinstance(name, Name):
+        if not any(isinstance(own, Words) for own in names):
             return False
-        pairs = [[value for other, value in answers if same_name(name, other)] for name, _ in golds]
-        if all(len(found) == 1 for found in pairs):
-            return _all(same(value, found[0], rules) for (_, value), found in zip(golds, pairs, strict=True))
-        return False
-    pairs_of = golds if golds is not None else answers
-    assert pairs_of is not None
-    other = answer if golds is not None else gold
-    if isinstance(named_value(other)[0], Name):
-        return False
+        other = value  # x = 1, 2 for first = 1, second = 2
     items = _items(other)[1]
-    if items is None or len(items) != len(pairs_of):
+    if items is None or len(items) != len(pairs):
         return False
-    values_named = Group("paren", tuple(value for _, value in pairs_of), "()")
-    if numbered([name for name, _ in pairs_of]):
+    values_named = Group("paren", tuple(value for _, value in pairs), "()")
+    if numbered([name for name, _ in pairs]):
         values_named = Group("list", values_named.items)
     rest = Group("paren", tuple(items), "()") if values_named.kind == "paren" else other
-    return same(values_named, rest, rules) if golds is not None else same(rest, values_named, rules)
+    return same(values_named, rest, rules) if pairs is golds else same(rest, values_named, rules)
+
+
+def _same_by_name(golds: list[tuple[Node, Node]], answers: list[tuple[Node, Node]], rules: Rules) -> bool | None:
+    """Each value against that of its own name, in any order of the names."""
+    places = paired([name for name, _ in golds], [name for name, _ in answers])
+    if places is None:
+        return False
+    return _all(
+        same(value, bound(answers[place][0], name, answers[place][1]), rules)
+        for (name, value), place in zip(golds, places, strict=True)
+    )
+
+
+def _placed(node: Node) -> bool:
+    """Whether the order of the values says which is which: of x = 1 or y = 2, and of a set, it does not."""
+    return not isinstance(node, Group) or (node.kind in ("list", "paren") and node.joint != "or")
 
 
 def _equation(node: Node) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from heatbath.verify.answers.expressions import Apply, Chain, Group, Matrix, Name, Node, Quantity, Words
 
 CONSTANTS = ("pi", "e", "i", "infty", "emptyset")
@@ -106,11 +108,11 @@ def _renamed(node: Node, new: dict[str, Node]) -> Node:
 
 
 def assignments(node: Node) -> list[tuple[Node, Node]] | None:
-    """(name, value) of each part of x = 1, y = 2 or (x, y) = (1, 2); None for what does not give several names."""
-    if isinstance(node, Group) and node.kind in ("list", "paren") and node.joint != "or":
+    """(name, value) of each part of x = 1, y = 2 or (x, y) = (1, 2); None for what does not name several values."""
+    if isinstance(node, Group) and node.kind != "half":
         named = [named_value(item) for item in node.items]
-        pairs = [(name, value) for name, value in named if name is not None and not isinstance(name, Words)]
-        if len(pairs) == len(named) and len({_shown(name) for name, _ in pairs}) == len(pairs) > 1:
+        pairs = [(name, value) for name, value in named if name is not None]
+        if len(pairs) == len(named) > 1:
             return pairs
     name, value = named_value(node)
     several = isinstance(name, Group) and isinstance(value, Group) and value.kind in ("paren", "list")
@@ -119,8 +121,47 @@ def assignments(node: Node) -> list[tuple[Node, Node]] | None:
     return None
 
 
-def _shown(name: Node) -> str:
-    return repr(name)
+def paired(names: list[Node], others: list[Node]) -> list[int] | None:
+    """The place in `others` of each of `names`: the same name, else one that begins as it does (A for Amelia), else,
+    where either is a word, the next that is left. None where a name has no partner."""
+    found: dict[int, int] = {}
+    for alike in (operator.eq, _called, _begins):
+        for i, name in enumerate(names):
+            free = [j for j, other in enumerate(others) if j not in found.values() and alike(name, other)]
+            if i not in found and len(free) == 1:
+                found[i] = free[0]
+    left = [j for j in range(len(others)) if j not in found.values()]
+    for i in (i for i in range(len(names)) if i not in found):
+        if not left or not (isinstance(names[i], Words) or isinstance(others[left[0]], Words)):
+            return None
+        found[i] = left.pop(0)
+    return None if left else [found[i] for i in range(len(names))]
+
+
+def distinct(names: list[Node]) -> bool:
+    return len(set(names)) == len(names)
+
+
+def _called(a: Node, b: Node) -> bool:
+    """Whether both are the same function: f(x) and f(t)."""
+    return isinstance(a, Apply) and isinstance(b, Apply) and a.head.startswith("call ") and same_name(a, b)
+
+
+def _begins(a: Node, b: Node) -> bool:
+    """Whether one name is the beginning of the other: a word, and letters or another word."""
+    if not (isinstance(a, Words) or isinstance(b, Words)):
+        return False
+    one, other = _written(a), _written(b)
+    return bool(one and other) and (one.startswith(other) or other.startswith(one))
+
+
+def _written(name: Node) -> str:
+    match name:
+        case Words(text) | Name(text):
+            return text.casefold()
+        case Apply("mul", (a, b)):
+            return _written(a) + _written(b)
+    return ""
 
 
 def numbered(names: list[Node]) -> bool:
