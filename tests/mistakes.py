@@ -426,6 +426,16 @@ SECTIONS: dict[str, list[Mistake]] = {
             ),
         ),
         Mistake(
+            "Demonstrations whose answers the grader does not read",
+            "run r.toml --dry-run",
+            ("1 of 1 solutions are not right by their own gold answers", "nothing is read", "'mother'", "row 1"),
+            files(
+                demos({"question": "Ann bore Bob. What is she to him?", "solution": "mother", "answer": "mother"}),
+                data='test_from = "test.jsonl"',
+                **{"test.jsonl": demos({**ROW, "question": "2 + 2?", "answer": "4"})},
+            ),
+        ),
+        Mistake(
             "A CSV file with semicolons",
             "sft r.toml data.demos_from=demos.csv",
             ("columns are separated by ';'",),

@@ -80,3 +80,30 @@ def test_golds_of_every_kind_are_read_and_an_unreadable_one_is_named() -> None:
             with pytest.raises(DataError, match="1 of 8 gold answers cannot be graded") as caught:
                 checks.require_gold(grader, [*rows, Row("why?", answer=bad, origin="t.jsonl, row 8")], "test")
             assert "t.jsonl, row 8" in caught.value.where
+
+
+def test_solutions_that_the_grader_does_not_read_are_named_and_noise_is_borne() -> None:
+    def rows(right: int, wrong: int) -> list[Row]:
+        made = [Row(f"q{i}", f"{i} + 1 = {i + 1}", str(i + 1)) for i in range(right)]
+        return made + [Row(f"w{i}", f"so it is {i}", str(i + 1)) for i in range(wrong)]
+
+    words = [
+        Row(f"who is {name}?", name, name, origin=f"t.jsonl, row {i}") for i, name in enumerate(("mother", "aunt"))
+    ]
+    stated = [Row(row.question, f"The answer is {row.answer}.", row.answer) for row in words]
+    silent = [Row("no answer", "so on"), Row("no solution", None, "3")]
+    with MathGrader(workers=1) as grader:
+        checks.require_gold(grader, words, "prompts")  # a statement would be read
+        checks.require_right_solutions(grader, [], "demos")
+        checks.require_right_solutions(grader, silent, "demos")
+        checks.require_right_solutions(grader, [*rows(10, 10), *silent], "demos")
+        checks.require_right_solutions(grader, stated, "demos")
+        with pytest.raises(DataError, match="11 of 21 solutions are not right by their own gold answers") as caught:
+            checks.require_right_solutions(grader, [*rows(10, 11), *silent], "demos")
+        assert "data.demos, question 'w" in caught.value.where
+        with pytest.raises(DataError, match=r"2 of 2 solutions .* nothing is read in the one that ends in") as caught:
+            checks.require_right_solutions(grader, words, "demos")
+        assert "t.jsonl, row" in caught.value.where and "boxed{42}" in caught.value.remedy
+        with pytest.raises(DataError, match=r"\d+ of 200 sampled solutions"):
+            checks.require_right_solutions(grader, rows(100, 900), "demos")
+        checks.require_right_solutions(grader, rows(700, 300), "demos")

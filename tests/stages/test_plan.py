@@ -105,7 +105,7 @@ def test_the_cut_rate_of_deepmath_is_told(small_base: Path, tmp_path: Path) -> N
             "final_answer": str(i),
             "difficulty": 5.0,
             "topic": "Algebra",
-            **{f"r1_solution_{k}": "x" * (300 if i % 4 == 0 else 50) for k in (1, 2, 3)},
+            **{f"r1_solution_{k}": "x" * (300 if i % 4 == 0 else 50) + f" = {i}" for k in (1, 2, 3)},
         }
         for i in range(200)
     ]

@@ -21,6 +21,8 @@ MOST_TRUNCATED = 0.01  # share of rows that may be cut before it is an error
 MOST_UNKNOWN = 0.01
 MOST_PROGRAMS = 20  # programming problems whose tests are tried before step 1
 MOST_LOST = 0.5  # of gold answers that a plain statement does not bring through the grader (of MATH's it is 0.25 %)
+MOST_WRONG = 0.5  # of demonstrations by their own gold answers; below it may be noise that was put there on purpose
+GRADED = 200  # demonstrations that are graded before step 1
 PRETRAIN_LENGTH = 1024  # tokens; the context of a model that [pretrain] makes
 # Architectures whose table of positions has an end, instead of rotating by any angle.
 ENDING = ("gpt2", "gpt_bigcode", "gpt_neo", "gptj", "codegen", "opt", "biogpt", "xglm")
@@ -233,3 +235,27 @@ def _require_readable(grader: Grader, rows: Sequence[Row], split: str, kind: Kin
             f"data.{split}, {rendering.place(row)}",
             "docs/verify.md shows what a gold answer of this kind looks like",
         )
+
+
+def require_right_solutions(grader: Grader, rows: Sequence[Row], split: str, kind: Kind = "math") -> None:
+    """Most solutions must be right by their own gold answers: what the grader does not read in them it would not reward
+    in a completion that the policy learned from them. Rows without either, or whose gold answer is none, are passed
+    over; of many a sample is graded."""
+    both = sorted((row for row in rows if row.solution is not None and row.answer is not None), key=lambda row: row.id)
+    tried = both[: MOST_PROGRAMS if kind == "code" else GRADED]  # in the order of their hashes: spread, and the same
+    verdicts = grader.grade([row.solution or "" for row in tried], [as_gold(kind, row.answer) for row in tried])
+    judged = [(row, verdict) for row, verdict in zip(tried, verdicts, strict=True) if verdict.status != "bad_gold"]
+    bad = [(row, verdict) for row, verdict in judged if verdict.status != "right"]
+    if len(bad) <= MOST_WRONG * len(judged):
+        return
+    row, verdict = bad[0]
+    read = f"{verdict.answer[:60]!r}" if verdict.answer else "nothing"
+    what = "the tests" if kind == "code" else repr(str(row.answer)[:60])
+    sampled = " sampled" if len(tried) < len(both) else ""
+    raise DataError(
+        f"{len(bad):,} of {len(judged):,}{sampled} solutions are not right by their own gold answers; {read} is read "
+        f"in the one that ends in {(row.solution or '')[-60:]!r} ({verdict.status}), whose gold answer is {what}",
+        f"data.{split}, {rendering.place(row)}",
+        "end each solution as reward.kind reads it (\\boxed{42}, The answer is 42.; docs/verify.md), or correct the "
+        "answers",
+    )

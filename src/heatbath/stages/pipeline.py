@@ -134,6 +134,8 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
             rows = getattr(splits, split)
             checks.require_askable(tokenizer, rows, recipe, split)
             checks.require_gold(grader, rows, split, recipe.reward.kind)
+        for split in _taught(recipe, stages, splits) if asked else ():
+            checks.require_right_solutions(grader, getattr(splits, split), split, recipe.reward.kind)
     if "eval" in stages and recipe.eval.tasks:
         from heatbath.stages import judged
         from heatbath.stages.exams import exams
@@ -151,6 +153,19 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> tuple[Splits, PreTrainedTo
         checks.require_vocabulary(tokenizer, config)
     notes = _beyond_context(recipe, stages, splits, tokenizer, config)
     return replace(splits, notes=(*splits.notes, *notes)), tokenizer
+
+
+def _taught(recipe: Recipe, stages: tuple[str, ...], splits: Splits) -> list[str]:
+    """The splits whose solutions are learned from, and then graded in what the policy answers. Of noise that the recipe
+    asks for any share is meant."""
+    from heatbath.stages.rl import policy_of
+
+    found = []
+    if recipe.sft is not None and ("rl" in stages or ("sft" in stages and splits.test)):
+        found.append("demos")
+    if "rl" in stages and recipe.rl is not None and policy_of(recipe.rl).needs_demonstrations:
+        found.append("prompts")
+    return [] if getattr(recipe.data, "label_noise", 0) else found
 
 
 def _beyond_context(
