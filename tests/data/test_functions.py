@@ -58,7 +58,7 @@ def run(program: str, xs: list[int]) -> Any:
 
 
 def test_words_tests_and_every_form_agree() -> None:
-    for function in problems(400, 3, held_out=False):
+    for function in problems(150, 3, held_out=False):
         gold = json.loads(function.gold())
         for [xs], output in zip(gold["inputs"], gold["outputs"], strict=True):
             assert answer(function.question, xs) == output
@@ -74,13 +74,13 @@ def test_a_longer_list_begins_with_the_shorter_one() -> None:
 def test_a_threshold_off_by_one_shows_in_every_end() -> None:
     """Also where only the largest or the smallest number is returned."""
     told = 0
-    for function in problems(600, 9, held_out=False):
+    for function in problems(200, 9, held_out=False):
         near = dataclasses.replace(function, condition=CONDITIONS[CONDITIONS.index(function.condition) - 1])
         wrong = [near(xs) for xs in function.tests()[0]] != function.tests()[1]
         told += wrong
-        everywhere = [[x] for x in range(-12, 25)] + [[x, y] for x in range(-12, 25) for y in range(-12, 25)]
+        everywhere = [[x, y] for x in range(-12, 25) for y in range(-12, 25)]
         assert wrong or all(near(xs) == function(xs) for xs in everywhere), function.question
-    assert told > 500  # the others are the same function, as after a multiplication by 9
+    assert told > 160  # the others are the same function, as after a multiplication by 9
 
 
 def test_every_problem_has_words_of_its_own_and_one_side() -> None:
@@ -98,7 +98,7 @@ def test_every_problem_has_words_of_its_own_and_one_side() -> None:
 
 def test_a_slip_is_another_problem_that_the_tests_tell() -> None:
     rng = random.Random(0)
-    for function in problems(200, 4, held_out=False):
+    for function in problems(80, 4, held_out=False):
         slip = flawed(function, rng)
         parts = [getattr(slip, part) != getattr(function, part) for part in Function.__dataclass_fields__]
         assert sum(parts) == 1
