@@ -100,7 +100,7 @@ def test_the_files_of_a_recipe_are_what_its_runs_learn_from(graded: ModuleType, 
     line = [sys.executable, str(BENCHMARKS / "graded.py"), "study-paths", "data.paths=4", "data.demos=24"]
     line += ["--samples", "1", "--values", "--out", str(tmp_path / "data")]
     subprocess.run(line, check=True, capture_output=True)
-    recipe = recipes.load("study-graded", [f"data.folder={tmp_path / 'data'}", "data.demos=24", "strategy=allowed"])
+    recipe = recipes.load("study-graded", [f"data.folder={tmp_path / 'data'}", "strategy=allowed"])
     rows = sources.of(recipe).demos
     assert len({row.id for row in rows}) == 24 and len(rows) < 4 * 24  # some forms give the same text
     prefixes: dict[tuple[str, str], list[float]] = defaultdict(list)
