@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from heatbath.ideas.intervals import mean_with_interval
-from heatbath.report.drawing import frame, label_ends, run_looks, standalone, style, svg
+from heatbath.report.drawing import frame, label_ends, run_looks, spread, standalone, style, svg
 
 LOSSES = ("kl_sum", "kl_mean", "kl_sum detached", "kl_sum, floor 1", "grpo", "policy gradient")
 WHERE = {0.0: "start", 1.5e-4: "after RL"}
@@ -282,14 +283,23 @@ def curves(made: dict[str, Cells], key: Callable[[dict[str, Any]], Any], ylabel:
             axes.plot(x, mean, color=look.colour, linestyle=look.dash, marker=look.marker, markersize=4)
             ends.append((float(x[-1]), float(mean[-1]), look))
         axes.set(xlabel="step", ylabel=ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if log:
             axes.set_yscale("log")
-            for x, y, look in ends:
-                axes.annotate(look.short, (x, y), xytext=(6, 0), textcoords="offset points", va="center",
-                              color=look.colour, annotation_clip=False)  # fmt: skip
+            axes.yaxis.set_major_formatter("{x:g}")  # not as a formula, which svg() would leave as TeX
+            label_log_ends(axes, ends)
         else:
             label_ends(figure, axes, ends)
         return standalone(svg(figure, f"{ylabel} over RL steps, means over seeds with 95 % bands"))
+
+
+def label_log_ends(axes: Any, ends: list[tuple[float, float, Any]]) -> None:
+    """`label_ends` on a logarithmic axis."""
+    low, high = np.log(axes.get_ylim())
+    heights = spread([float(np.log(y)) for _, y, _ in ends], (high - low) / 12, low, high)
+    for (x, _, look), y in zip(ends, np.exp(heights), strict=True):
+        axes.annotate(look.short, (x, y), xytext=(6, 0), textcoords="offset points", va="center", color=look.colour,
+                      annotation_clip=False)  # fmt: skip
 
 
 def thirds(found: dict[str, Any]) -> str:
@@ -306,7 +316,7 @@ def thirds(found: dict[str, Any]) -> str:
         axes.axhline(1.0, color="#030303", linewidth=0.8)
         axes.set_xticks(range(4), labels)
         axes.set(xlabel="groups, by the spread of their lengths", ylabel="noise, kl_mean / kl_sum")
-        axes.legend()
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
         return standalone(svg(figure, "relative variance of kl_mean over that of kl_sum, by spread of lengths"))
 
 
