@@ -2,6 +2,7 @@
 has beyond it.
 
     python benchmarks/domains.py --out domains     # domains/knights and domains/family: base, train, test (seconds)
+    python benchmarks/domains.py --read runs/domains-knights     # words that are no role, new words got right
 
 `knights_knaves` (logical inference: two people, of whom each tells the truth or lies) and `family_relationships` (4 or
 5 people). A model of characters reads them, so people have letters for names. Of knights and knaves the opening is left
@@ -24,11 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from heatbath.data.rows import HELD_OUT, normalised, position
+from heatbath.run import Run, is_run
 
 FAMILY_SIZE = 1_000_000
 SIZES = {"base": 16_000, "train": 6_000, "test": 400}
 NAMES = {"male_names": [*"ABCDEFGH"], "female_names": [*"STUVWXYZ"]}
 KNOWN_ROLES = ("knight", "pioneer", "saint", "hero")
+KNOWN_WORDS = {*KNOWN_ROLES, "knave", "laggard", "sinner", "villain"}
 KNOWN_RELATIONS = ("mother", "father", "son", "daughter", "wife", "husband")
 
 
@@ -79,10 +82,32 @@ def _entries(name: str) -> Iterator[tuple[str, str, bool]]:
         yield read(entry)
 
 
+def read_words(folder: Path) -> None:
+    """Of each policy of a setting, over its seeds: answers with a word that is no role, and right ones among the
+    problems whose answer has a word that the base has not seen."""
+    for setting in sorted(path for path in folder.iterdir() if (path / "0").is_dir()):
+        runs = [Run.read(path) for path in sorted(setting.iterdir()) if is_run(path)]
+        for policy in runs[0].policies:
+            samples = [one for run in runs for one in run.samples(policy)]
+            roles = {word for one in samples for word in re.findall("[a-z]+", one["gold"])}
+            seen = {word for word in roles if word in KNOWN_WORDS}
+            foreign = sum(not roles.issuperset(re.findall("[a-z]+", one["completion"].lower())) for one in samples)
+            new = [
+                one["status"] == "right" for one in samples if not seen.issuperset(re.findall("[a-z]+", one["gold"]))
+            ]
+            print(
+                f"{setting.name} {policy}: {foreign / len(samples):.3f} hold a word that is no role; problems with new "
+                f"words {len(new) / len(samples):.3f}, right of these {sum(new) / len(new):.3f}"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("domains"))
+    parser.add_argument("--read", type=Path, help="the folder of study-domains on knights")
     options = parser.parse_args()
+    if options.read:
+        return read_words(options.read)
     for name in FAMILIES:
         folder = options.out / name
         folder.mkdir(parents=True, exist_ok=True)

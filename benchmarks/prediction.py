@@ -88,13 +88,13 @@ def measured(found: dict[str, dict[str, Floats]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("studies", type=Path, nargs="+")
-    parser.add_argument("--without", action="append", default=[], help="a part of the names of settings to leave out")
+    parser.add_argument("--without", action="append", default=[], help="a word of the names of settings to leave out")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     record: dict[str, Any] = {}
     for path in asked.studies:
         found = cells(json.loads(path.read_text()))
-        found = {name: own for name, own in found.items() if not any(part in name for part in asked.without)}
+        found = {name: own for name, own in found.items() if not any(word in name.split() for word in asked.without)}
         record[path.stem] = measured(found)
         for key, row in record[path.stem].items():
             s, r = row["settings"], row["seeds"]

@@ -213,7 +213,9 @@ class CodeGrader:
         tests = {key: _read(gold) for key, gold in dict(zip(keys, golds, strict=True)).items()}  # once for a group
         texts = [text if isinstance(text, str) else None for text in completions]
         pairs = list(zip(texts, keys, strict=True))
-        first = {pair: number for number, pair in reversed([*enumerate(pairs)])}
+        first: dict[tuple[str | None, str], int] = {}
+        for number, pair in enumerate(pairs):
+            first.setdefault(pair, number)
         with ThreadPoolExecutor(max_workers=max(1, min(self.workers, len(golds)))) as pool:
 
             def graded(numbers: Sequence[int]) -> dict[int, Verdict]:
