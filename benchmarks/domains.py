@@ -1,18 +1,18 @@
 """Tables of two families of reasoning-gym for recipes/study-domains.toml: what a small base knows, and what an expert
 has beyond it.
 
-    python benchmarks/domains.py --out domains     # domains/knights and domains/family: base, train, test (seconds)
-    python benchmarks/domains.py --read runs/domains-knights     # words that are no role, new words got right
+    python benchmarks/domains.py --out domains     # domains/knights and domains/legs: base, train, test (seconds)
+    python benchmarks/domains.py --read runs/domains-knights     # problems with something new, words that are no role
 
-`knights_knaves` (logical inference: two people, of whom each tells the truth or lies) and `family_relationships` (4 or
-5 people). A model of characters reads them, so people have letters for names. Of knights and knaves the opening is left
-out, and the sentence that prescribes the form of the answer, which is here the roles of A and B in that order; kin are
-asked for in one form of words.
+`knights_knaves` (logical inference: two people, of whom each tells the truth or lies) and `leg_counting` (common
+knowledge: how many legs some animals have together). A model of characters reads them. Of knights and knaves the
+opening is left out, and the sentence that prescribes the form of the answer, which is here the roles of A and B in that
+order; people have letters for names.
 
-Each family has words that `base.jsonl` never uses: three of the seven pairs of roles, the relations beyond parent,
-child and spouse. `train.jsonl` (demonstrations and prompts) and `test.jsonl` have all of them. A quarter of all
-problems, by hash, is `test`; what the base learns from is disjoint from `train`, too. A solution is the answer behind
-`####`, where the grader looks for it; a bare word of a completion is no answer to it.
+Each family has something that `base.jsonl` never uses: three of the seven pairs of roles, and twelve of the 37 animals,
+of every number of legs. `train.jsonl` (demonstrations and prompts) and `test.jsonl` have all of them. A quarter of all
+problems, by hash, is `test`; what the base learns from is disjoint from `train`, too. The answer stands behind `####`,
+where the grader looks for it, and legs are added up before it; a bare word of a completion is no answer.
 """
 
 from __future__ import annotations
@@ -29,52 +29,62 @@ from heatbath.run import Run, is_run
 
 FAMILY_SIZE = 1_000_000
 SIZES = {"base": 16_000, "train": 6_000, "test": 400}
-NAMES = {"male_names": [*"ABCDEFGH"], "female_names": [*"STUVWXYZ"]}
 KNOWN_ROLES = ("knight", "pioneer", "saint", "hero")
 KNOWN_WORDS = {*KNOWN_ROLES, "knave", "laggard", "sinner", "villain"}
-KNOWN_RELATIONS = ("mother", "father", "son", "daughter", "wife", "husband")
+NEW_ANIMALS = {
+    *("leech", "duck", "lion", "giraffe", "deer", "starfish", "wasp", "cricket", "firefly", "scorpion", "shrimp"),
+    "woodlouse",
+}
 
 
-def knights(entry: dict[str, Any]) -> tuple[str, str, bool]:
-    """The statements and the question, the roles of both ("hero, villain"), and whether the base knows them."""
+def knights(entry: dict[str, Any]) -> tuple[str, str, str, bool]:
+    """The statements and the question, nothing before the answer, the roles of both ("hero, villain"), and whether the
+    base knows them."""
     told = entry["question"].partition("inhabitants: ")[2].partition(" (Format")[0]
     for name, letter in zip(entry["metadata"]["names"], "AB", strict=True):
         told = re.sub(rf"\b{name}\b", letter, told)
     roles = entry["metadata"]["knight_knave_terms"]
     said = (roles["knight" if truthful else "knave"] for truthful in entry["metadata"]["solution"])
-    return told.removeprefix("A, and B. "), ", ".join(said), roles["knight"] in KNOWN_ROLES
+    return told.removeprefix("A, and B. "), "", ", ".join(said), roles["knight"] in KNOWN_ROLES
 
 
-def family(entry: dict[str, Any]) -> tuple[str, str, bool]:
-    """The story and a question in one form of the family's three, one word, and whether the base knows it."""
-    story, asked = entry["question"].partition("\n\n")[0], entry["metadata"]
-    question = f"{story} What is {asked['person1']} to {asked['person2']}?"
-    return question, entry["answer"], entry["answer"] in KNOWN_RELATIONS
+def legs(entry: dict[str, Any]) -> tuple[str, str, str, bool]:
+    """The question, the sums ("3 x 4 = 12, 1 x 6 = 6, 12 + 6 = 18"), the last result, and whether the base knows both
+    animals."""
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+    asked = entry["metadata"]["animals"]
+    own = [(count, ANIMALS[animal]) for animal, count in asked.items()]
+    steps = [f"{count} x {each} = {count * each}" for count, each in own]
+    total = " + ".join(str(count * each) for count, each in own)
+    question = entry["question"].partition("Now, ")[2].strip().capitalize()
+    worked = ", ".join([*steps, f"{total} = {entry['answer']}"])
+    return question, f"{worked}\n", entry["answer"], NEW_ANIMALS.isdisjoint(asked)
 
 
-FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, Any]], tuple[str, str, bool]]]] = {
+FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, Any]], tuple[str, str, str, bool]]]] = {
     "knights": ("knights_knaves", {"n_people": 2}, knights),
-    "family": ("family_relationships", {"min_family_size": 4, "max_family_size": 5, **NAMES}, family),
+    "legs": ("leg_counting", {"min_animals": 2, "max_animals": 2, "max_instances": 9}, legs),
 }
 
 
 def tables(name: str) -> dict[str, list[dict[str, str]]]:
     """The three tables of a family, each problem in one of them."""
     found: dict[str, dict[str, dict[str, str]]] = {table: {} for table in SIZES}
-    for question, answer, known in _entries(name):
+    for question, before, answer, known in _entries(name):
         problem = normalised(question)
         place = position(problem)
         table = "test" if place < HELD_OUT else "train" if place < (1 + HELD_OUT) / 2 else "base"
         if len(found[table]) < SIZES[table] and (known or table != "base"):
             kind = "known" if known else "new"
-            row = {"question": question, "solution": f"#### {answer}", "answer": answer, "kind": kind}
+            row = {"question": question, "solution": f"{before}#### {answer}", "answer": answer, "kind": kind}
             found[table].setdefault(problem, row)
         if all(len(found[table]) == size for table, size in SIZES.items()):
             break
     return {table: list(rows.values()) for table, rows in found.items()}
 
 
-def _entries(name: str) -> Iterator[tuple[str, str, bool]]:
+def _entries(name: str) -> Iterator[tuple[str, str, str, bool]]:
     import reasoning_gym
 
     family_name, settings, read = FAMILIES[name]
@@ -82,32 +92,39 @@ def _entries(name: str) -> Iterator[tuple[str, str, bool]]:
         yield read(entry)
 
 
-def read_words(folder: Path) -> None:
-    """Of each policy of a setting, over its seeds: answers with a word that is no role, and right ones among the
-    problems whose answer has a word that the base has not seen."""
+def read(folder: Path) -> None:
+    """Of each policy of a setting, over its seeds: how many answers to problems without and with something new are
+    right, and, of knights and knaves, how many answers hold a word that is no role."""
     for setting in sorted(path for path in folder.iterdir() if (path / "0").is_dir()):
         runs = [Run.read(path) for path in sorted(setting.iterdir()) if is_run(path)]
         for policy in runs[0].policies:
             samples = [one for run in runs for one in run.samples(policy)]
+            right: dict[bool, list[bool]] = {False: [], True: []}
+            for one in samples:
+                right[is_new(one)].append(one["status"] == "right")
+            known, new = (sum(found) / max(1, len(found)) for found in right.values())
             roles = {word for one in samples for word in re.findall("[a-z]+", one["gold"])}
-            seen = {word for word in roles if word in KNOWN_WORDS}
             foreign = sum(not roles.issuperset(re.findall("[a-z]+", one["completion"].lower())) for one in samples)
-            new = [
-                one["status"] == "right" for one in samples if not seen.issuperset(re.findall("[a-z]+", one["gold"]))
-            ]
             print(
-                f"{setting.name} {policy}: {foreign / len(samples):.3f} hold a word that is no role; problems with new "
-                f"words {len(new) / len(samples):.3f}, right of these {sum(new) / len(new):.3f}"
+                f"{setting.name} {policy}: right with nothing new {known:.3f}, with something new {new:.3f} "
+                f"({len(right[True]) / len(samples):.3f} of all)"
+                + (f"; answers with a word that is no role {foreign / len(samples):.3f}" if roles else "")
             )
+
+
+def is_new(sample: dict[str, Any]) -> bool:
+    """Whether a problem needs a word, or an animal, that the base has not seen."""
+    words = re.findall("[a-z]+", sample["gold"])
+    return not KNOWN_WORDS.issuperset(words) or any(animal in sample["question"] for animal in NEW_ANIMALS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("domains"))
-    parser.add_argument("--read", type=Path, help="the folder of study-domains on knights")
+    parser.add_argument("--read", type=Path, help="the folder of a study-domains")
     options = parser.parse_args()
     if options.read:
-        return read_words(options.read)
+        return read(options.read)
     for name in FAMILIES:
         folder = options.out / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +132,7 @@ def main() -> None:
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"{table}.jsonl").write_text(text, encoding="utf-8")
             new = sum(row["kind"] == "new" for row in rows) / len(rows)
-            print(f"{folder / table}.jsonl: {len(rows):,} problems, {new:.0%} with words that the base has not seen")
+            print(f"{folder / table}.jsonl: {len(rows):,} problems, {new:.0%} with something new to the base")
 
 
 if __name__ == "__main__":

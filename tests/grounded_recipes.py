@@ -25,10 +25,10 @@ _PAPER = (
     (r"(?m)^(prompts|update_prompts) = (128|64)$", r"\1 = 4"),
     (r"(?ms)^tasks = \[.*?^\]", SMALL_TASKS),
 )
-_BASE = (("demos = 6400", "demos = 8"), ("test = 200", "test = 4"))
 GROUNDED: dict[str, tuple[tuple[str, str], ...]] = {
     "demo": (_TINY,),
-    "base-knights": _BASE,
+    "base-knights": (("demos = 6400", "demos = 8"), ("test = 200", "test = 4")),
+    "base-legs": (("demos = 12000", "demos = 8"), ("test = 200", "test = 4")),
     "study-domains": (
         _TINY,
         ("demos = 512", "demos = 8"),
@@ -94,12 +94,12 @@ def beside() -> dict[str, bytes]:
         }
         for n in range(12)
     ]
-    kin = [{"question": q, "solution": f"#### {s}", "answer": str(s), "kind": "known"} for q, s in sums]
-    domains = {"base": kin[:10], "train": kin[10:36], "test": kin[36:]}
+    asked = [{"question": q, "solution": f"#### {s}", "answer": str(s), "kind": "known"} for q, s in sums]
+    domains = {"base": asked[:10], "train": asked[10:36], "test": asked[36:]}
     return {
         **{
-            f"domains/{family}/{table}.jsonl": mutated_tables.as_jsonl(rows)
-            for family, (table, rows) in itertools.product(("family", "knights"), domains.items())
+            f"domains/{name}/{table}.jsonl": mutated_tables.as_jsonl(rows)
+            for name, (table, rows) in itertools.product(("legs", "knights"), domains.items())
         },
         "gsm8k/train.jsonl": mutated_tables.as_jsonl(gsm[:30]),
         "gsm8k/test.jsonl": mutated_tables.as_jsonl(gsm[30:]),

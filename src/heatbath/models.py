@@ -188,8 +188,8 @@ def is_quantized(model: Any) -> bool:
 
 
 def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model named in a recipe in `dtype`, in eval mode, on the default device. On a CPU one that reads at most 1,024
-    tokens attends without torch's fused kernel, which takes 1.5 times as long a training step in bf16 (docs/LOG.md)."""
+    """The model named in a recipe in `dtype`, in eval mode, on the default device. On a CPU one that reads at most
+    1,024 tokens attends without torch's fused kernel, with which a training step in bf16 takes 1.5 times as long."""
     import torch
     from transformers import AutoModelForCausalLM
 
