@@ -2,10 +2,12 @@
 
     python benchmarks/study.py runs/theory --commit COMMIT --out benchmarks/results/study-theory-cpu2.json
     python benchmarks/study.py benchmarks/results/study-theory-cpu2.json --tables
+    python benchmarks/study.py benchmarks/results/study-noise-cpu2.json --beside OTHER.json
 
 `--commit` is the one that the cells ran at; `--note` says what else the machine did. Beside what compare.json holds the
 record has `differ`: the probability that two right answers to a problem are written differently, which unlike
 distinct@k does not grow with pass@k. It is the mean over the problems with two right samples or more, for each seed.
+`--beside` compares the settings of two records seed by seed, without a correction for how many there are.
 """
 
 from __future__ import annotations
@@ -114,6 +116,22 @@ def tables(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def beside(found: dict[str, Any], other: dict[str, Any]) -> str:
+    """What the settings of two records differ by at k = 1 and the largest k, before RL and after it."""
+    lines = []
+    for (one, own), (another, theirs) in itertools.product(other["settings"].items(), found["settings"].items()):
+        if own["seeds"] != theirs["seeds"]:
+            continue
+        changes = []
+        for policy in ("init", "final"):
+            x, y = (setting["tasks"]["test"].get(policy, {}) for setting in (own, theirs))
+            for k in dict.fromkeys((min(x, key=int), max(x, key=int))) if x and y else ():
+                gains = [after - before for before, after in zip(x[k]["seeds"], y[k]["seeds"], strict=True)]
+                changes.append(f"{policy} pass@{k} {number(spread(gains)).replace('-', '−')}")
+        lines.append(f"{one} → {another}: " + "; ".join(changes))
+    return "\n".join(lines)
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("source", type=Path, help="the --out folder of a comparison, or a record of it")
@@ -121,6 +139,7 @@ def main() -> None:
     arguments.add_argument("--note", default="two cells at a time on two cores, other jobs beside: no speeds")
     arguments.add_argument("--out", type=Path)
     arguments.add_argument("--tables", action="store_true")
+    arguments.add_argument("--beside", type=Path, help="another record, whose settings are compared with these")
     given = arguments.parse_args()
     found = (
         record(given.source, given.commit, given.note)
@@ -131,6 +150,8 @@ def main() -> None:
         given.out.write_text(json.dumps(found) + "\n")
     if given.tables:
         print(tables(found))
+    if given.beside:
+        print(beside(found, json.loads(given.beside.read_text())))
 
 
 if __name__ == "__main__":
