@@ -234,6 +234,10 @@ def columned(base: Base, rows: list[Row], values: tuple[float, float] | None) ->
                 for name, pairs in (("allowed", some), ("value", valued)):
                     column[f"{name}_expert"], column[f"{name}_keep"] = ([*share] for share in zip(*pairs, strict=True))
         out += [fact(row) | column for row, column in zip(own, columns, strict=True)]
+    for name in ("allowed", "value") if values else ():
+        keep = [share for row in out for share in row[f"{name}_keep"]]
+        left, moved = (sum(map(test, keep)) / len(keep) for test in (lambda k: k > 0.999, lambda k: k < 0.5))
+        print(f"{name}: {left:.1%} of {len(keep):,} tokens left to the base, {moved:.1%} moved by more than half")
     return out
 
 
