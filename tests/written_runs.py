@@ -23,7 +23,8 @@ PROFILE: dict[str, Any] = {
     "demonstrations": 10,
     "histogram": [60, 30, 8, 1, *[0] * 35, 1],
     "betas": [
-        {"beta": b, "w_below_0.99": 0.2, "w_below_0.5": 0.02, "w_below_0.1": 0.001, "keep": 0.01} for b in (5.0, 7.5)
+        {"beta": b, "w_below_0.99": 0.2, "w_below_0.5": 0.02, "w_below_0.1": 0.001, "keep": 0.01, "whole": 0.6}
+        for b in (5.0, 7.5)
     ],
     "suggested_beta": 6.0,
     "suggested_share": 0.02,
@@ -33,7 +34,7 @@ PROFILE: dict[str, Any] = {
     "floor": 0.0,
     "below_floor": 0.0,
     "kinds": {},
-    "objective": {"w_below_0.99": 0.2, "w_below_0.5": 0.02, "w_below_0.1": 0.001, "keep": 0.01},
+    "objective": {"w_below_0.99": 0.2, "w_below_0.5": 0.02, "w_below_0.1": 0.001, "keep": 0.01, "whole": 0.6},
     "vocab_size": 50,
     "examples": [
         {

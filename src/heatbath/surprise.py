@@ -89,7 +89,7 @@ def profile(
 
     def at(beta: float) -> dict[str, float]:
         made = dataclasses.replace(like, beta=beta)
-        return {"beta": beta, **_shares(made.target_mass(stats), made.keep(stats))}
+        return {"beta": beta, **_shares(made.target_mass(stats), made.keep(stats), nats)}
 
     every = {*betas, *(() if beta is None else (beta,))}
     by_kind = sorted(set(kinds)) if len(set(kinds)) > 1 else []
@@ -106,7 +106,7 @@ def profile(
         "below_floor": _below_floor(dataclasses.replace(like, floor=0.0), stats),
         "histogram": counts.tolist(),
         "betas": [at(b) for b in sorted(every)],
-        "objective": None if own is None else _shares(*own),
+        "objective": None if own is None else _shares(*own, nats),
         "kinds": {k: _kind(k, kinds, nats, like, beta, vocab_size) for k in by_kind},
         "suggested_beta": beta_for(LEFT_TO_BASE, nats, like, vocab_size),
         "suggested_share": LEFT_TO_BASE,
@@ -152,6 +152,7 @@ def describe(found: dict[str, Any]) -> str:
         return text
     name = "the target" if found["beta"] is None else f"β = {found['beta']:.4g}"
     text += f"\n{name} leaves {own['w_below_0.5']:.1%} of the tokens to the base (w < 0.5){reading(own)}"
+    text += f".\nA sample of the target follows its demonstration to the end {own['whole']:.1%} of the time"
     return text + f". {found['suggested_share']:.0%} would be β = {found['suggested_beta']:.1f}"
 
 
@@ -164,12 +165,15 @@ def reading(shares: dict[str, float]) -> str:
     return ""
 
 
-def _shares(w: Tensor, keep: Tensor) -> dict[str, float]:
+def _shares(w: Tensor, keep: Tensor, nats: Sequence[Nats]) -> dict[str, float]:
+    """Of the tokens by w; `whole` is the mean of Π w, with which the target writes a demonstration to its end."""
+    whole = [float(row.log().sum().exp()) for row in w.double().split([len(n) for n in nats])]
     return {
         "w_below_0.99": float((w < 0.99).double().mean()),
         "w_below_0.5": float((w < 0.5).double().mean()),
         "w_below_0.1": float((w < 0.1).double().mean()),
         "keep": float(keep.mean()),
+        "whole": float(np.mean(whole)),
     }
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from heatbath import recipe as recipes
 from heatbath.data import arithmetic
 from heatbath.data.rendering import render
 from heatbath.errors import RunError
-from heatbath.ideas.gift import Gift
+from heatbath.ideas.gift import Gift, GiftSequence
 from heatbath.ideas.objectives import Sft
 from heatbath.progress import Progress
 from heatbath.reference import FrozenBase
@@ -202,6 +203,15 @@ def test_surprise_is_the_bases_cross_entropy_whatever_the_batch() -> None:
             torch.testing.assert_close(torch.from_numpy(f), e.detach())
 
 
+def test_the_exact_target_writes_a_demonstration_with_its_mass() -> None:
+    """Π w of `gift_sequence` telescopes to P(y*) = m + (1 − m)·p_base(y*), whatever the tokens."""
+    rows = demonstrations(20)
+    nats = surprises(FrozenBase(small_model(1)), rows, pad_id=1)
+    made = profile(rows, nats, small_tokenizer(), GiftSequence(mass=0.3), vocab_size=small_model().config.vocab_size)
+    expected = [0.3 + 0.7 * math.exp(-float(own.sum())) for own in nats]
+    assert made["objective"]["whole"] == pytest.approx(sum(expected) / len(expected))
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.05])
 def test_profile_shares_and_suggested_beta_agree_with_their_definition(smoothing: float) -> None:
     V = small_model().config.vocab_size
@@ -215,6 +225,9 @@ def test_profile_shares_and_suggested_beta_agree_with_their_definition(smoothing
         mass = torch.sigmoid(entry["beta"] + torch.logit(p))
         assert entry["w_below_0.5"] == pytest.approx((mass < 0.5).double().mean().item())
         assert entry["w_below_0.99"] == pytest.approx((mass < 0.99).double().mean().item())
+        each = iter(mass.tolist())
+        whole = [math.prod(next(each) for _ in own) for own in nats]
+        assert entry["whole"] == pytest.approx(sum(whole) / len(whole))
     mass = torch.sigmoid(found["suggested_beta"] + torch.logit(p))
     assert (mass < 0.5).double().mean().item() == pytest.approx(found["suggested_share"], abs=2 / len(p))
     assert sum(found["histogram"]) == found["tokens"] == sum(r.supervised for r in rows)

@@ -230,11 +230,12 @@ def kind_rows(profile: Mapping[str, Any]) -> list[list[str]]:
 
 
 def beta_rows(profile: Mapping[str, Any]) -> list[list[str]]:
-    """Header and one row per β: the share of tokens below each w, and the mean keep."""
-    rows = [["β", "w < 0.99", "w < 0.5", "w < 0.1", "mean keep"]]
+    """Header and one row per β: the share of tokens below each w, the mean keep, and how much of the demonstrations the
+    target writes to the end."""
+    rows = [["β", "w < 0.99", "w < 0.5", "w < 0.1", "mean keep", "whole"]]
     for b in profile["betas"]:
         shares = [f"{b[f'w_below_{w}']:.2%}" for w in ("0.99", "0.5", "0.1")]
-        rows.append([f"{b['beta']:.4g}", *shares, f"{b['keep']:.4f}"])
+        rows.append([f"{b['beta']:.4g}", *shares, f"{b['keep']:.4f}", f"{b['whole']:.1%}"])
     return rows
 
 
