@@ -30,9 +30,12 @@ from heatbath.run import Run
 from heatbath.stages.evaluate import run_evaluation
 from heatbath.verify.endpoint import Endpoint
 
-pytestmark = pytest.mark.skipif(
-    not is_serve_available(), reason="the server is not installed: pip install 'transformers[serving]'"
-)
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(
+        not is_serve_available(), reason="the server is not installed: pip install 'transformers[serving]'"
+    ),
+]
 PROBLEMS, TOKENS = 12, 48
 
 

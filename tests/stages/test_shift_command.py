@@ -229,6 +229,7 @@ def test_only_what_has_changed_is_measured_again(runs: Path, monkeypatch: pytest
     assert not (run / "shift.json").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_16_bits_the_models_are_the_runs_own(dtype: str, runs: Path) -> None:
     whole = read_shift(runs / "runs" / "gift")

@@ -464,6 +464,7 @@ def spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PLUS)
 def test_canonical_solutions_are_right(roomy: CodeGrader, shared_data: Path, name: str, full: bool) -> None:

@@ -121,6 +121,7 @@ def check_programs(task: Task, rows: list[Row]) -> None:
     assert not [(g["task_id"], v) for g, v in zip(golds, found, strict=True) if v.status != "wrong"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["humaneval_plus", "mbpp_plus"])
 def test_a_spread_of_programs(shared_data: Path, name: str, needs) -> None:
     needs("bwrap")
