@@ -163,7 +163,8 @@ def _stage(
     if dry_run:
         _show_plan(asked, json)
     else:
-        _carry_out(asked, json)
+        with ranks.joined():
+            _carry_out(asked, json)
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,6 @@ def _carry_out(asked: _Asked, json: bool) -> None:
 
     recipe, folder, how = asked.recipe, asked.folder, asked.how
     progress = Progress(quiet=json)
-    ranks.join()
     if ranks.count() > 1:
         asked.launch.require_started(recipe, asked.stages)
     if asked.stage == "rescore":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -63,6 +64,23 @@ def join() -> None:
         backend = "cpu:gloo,cuda:nccl"
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend, timeout=PATIENCE)
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """`join`, and its end: a thread of gloo's may hold objects of the interpreter when that ends, and the process is
+    then aborted with its work done. Not after an error on GPUs: NCCL's end may wait for processes that are gone."""
+    join()
+    orderly = False
+    try:
+        yield
+        orderly = True
+    finally:
+        if count() > 1:
+            import torch
+
+            if torch.distributed.is_initialized() and (orderly or not torch.cuda.is_available()):
+                torch.distributed.destroy_process_group()
 
 
 def lost(error: RuntimeError) -> bool:
