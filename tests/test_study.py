@@ -1,4 +1,4 @@
-"""What benchmarks/study.py computes from a comparison, and the tables that benchmarks/domains.py writes."""
+"""What benchmarks/study.py and chains.py compute from a comparison, and the tables of benchmarks/domains.py."""
 
 import importlib.util
 import itertools
@@ -11,8 +11,10 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import sympy
 from scipy import stats
 
+from heatbath.data.arithmetic import FORMS, OPERATIONS, problems, solve
 from heatbath.verify.math import MathGrader
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -81,3 +83,44 @@ def test_legs_are_counted_right_and_new_animals_kept_from_the_base(monkeypatch: 
 def result(text: str) -> int:
     """Of "3 x 4" or "12 + 6"."""
     return sum(int(np.prod([int(n) for n in term.split("x")])) for term in text.split("+"))
+
+
+def test_a_sum_is_right_throughout_where_each_of_its_equations_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against sympy, on every form's solution of real problems with one digit changed or none."""
+    chains, rng = module("chains", monkeypatch), random.Random(0)
+    seen = {True: 0, False: 0}
+    for problem in problems(2, OPERATIONS, 100, 0, held_out=False):
+        for form in FORMS:
+            text = solve(problem, form)
+            assert chains.solve(problem, chains.form_of(problem, f" {text}\n")) == text
+            where = rng.choice([place for place, letter in enumerate(text) if letter.isdigit()])
+            changed = text[:where] + rng.choice("0123456789") + text[where + 1 :]
+            sides = changed.split("=")
+            values = {sympy.sympify(re.sub(r"\b0+(?=\d)", "", side)) for side in sides}
+            equal = values == {problem.answer}
+            wanted = equal and sides[0] == text.split("=")[0]
+            assert chains.holds(problem, changed) == wanted, changed
+            seen[wanted] += 1
+        assert not chains.holds(problem, f"{problem.answer}") and not chains.holds(problem, text + " + 0")
+        assert chains.form_of(problem, text + "0") is None
+    assert min(seen.values()) > 30
+
+
+def test_ways_to_an_answer_are_counted_among_those_right_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
+    chains = module("chains", monkeypatch)
+    right, other, slip = "23 + 45 = 63 + 5 = 68", "23 + 45 = 60 + 8 = 68", "23 + 45 = 60 + 9 = 68"
+    new, wrong = "23 + 45 = 73 - 5 = 68", "23 + 45 = 63 + 5 = 69"
+    texts = {"a": [right, right, other, slip, new, wrong], "b": [slip, wrong, wrong, wrong, wrong, right]}
+    samples = [
+        {
+            "problem": name,
+            "question": "What is 23 + 45?",
+            "completion": text,
+            "status": "wrong" if text is wrong else "right",
+        }
+        for name, own in texts.items()
+        for text in own
+    ]
+    found = chains.read(samples)
+    assert [found[name] for name in ("right", "throughout", "known", "round")] == [7 / 12, 5 / 12, 4 / 12, 1 / 12]
+    assert [found[name] for name in ("any", "ways", "differ")] == [1.0, 2.0, 5 / 6]

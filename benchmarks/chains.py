@@ -1,0 +1,133 @@
+"""How the sums of a comparison are written: the grader reads the last number, here every equation has to hold.
+
+    python benchmarks/chains.py runs/paths runs/noise … --commit COMMIT --out benchmarks/results/chains-cpu2.json
+    python benchmarks/chains.py benchmarks/results/chains-cpu2.json
+    python benchmarks/chains.py benchmarks/results/chains-cpu2.json --pair "paths: paths=1 sft" "paths: paths=4 sft"
+
+An answer is right throughout if it begins with the question's own sum and each side of each `=` has the value of the
+others. For each policy and seed: `right`, the grader's verdict; `throughout`; `known` and `round`, the shares of all
+answers that are a form of the base's own, or the form it has never seen, to the last character; `any`, the problems
+with an answer right throughout; `ways`, how many different ones of these a problem has; `differ`, the probability that
+two of them differ. `--pair` compares two settings seed by seed (t intervals, not corrected for how many are asked).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from made_with import made_with
+from study import number, rounded, spread
+
+from heatbath.data.arithmetic import FORMS, Sum, solve
+from heatbath.run import Run
+from heatbath.stages.grid import slug
+
+NEW = "round"
+COLUMNS = ("right", "throughout", "known", NEW, "any", "ways", "differ")
+
+
+def asked(question: str) -> Sum:
+    a, operation, b = re.fullmatch(r"What is (\d+) ([+-]) (\d+)\?", question).groups()
+    return Sum(int(a), int(b), operation)
+
+
+def holds(problem: Sum, text: str) -> bool:
+    """Whether the text is a chain of equations, each of them true, from the sum to its answer."""
+    sides = [re.fullmatch(r"(\d+)(?: ([+-]) (\d+))?", side.strip()) for side in text.strip().split("=")]
+    if len(sides) < 2 or None in sides or sides[-1][2]:
+        return False
+    values = {int(x) + (int(y) if sign == "+" else -int(y or 0)) for x, sign, y in (side.groups() for side in sides)}
+    return sides[0][0] == f"{problem.a} {problem.operation} {problem.b}" and values == {problem.answer}
+
+
+def form_of(problem: Sum, text: str) -> str | None:
+    """The form that would write exactly this, one of the base's own first; None where none would."""
+    known = [form for form in FORMS if form != NEW]
+    return next((form for form in (*known, NEW) if solve(problem, form) == text.strip()), None)
+
+
+def read(samples: list[dict[str, Any]]) -> dict[str, float]:
+    """`COLUMNS` of one policy of one run."""
+    counts: Counter[str] = Counter()
+    ways: dict[str, list[str]] = defaultdict(list)
+    for one in samples:
+        problem, text = asked(one["question"]), one["completion"].strip()
+        own, form = ways[one["problem"]], form_of(problem, text)
+        counts["right"] += one["status"] == "right"
+        counts["known"] += form not in (NEW, None)
+        counts[NEW] += form == NEW
+        if holds(problem, text):
+            own.append(text)
+    found = {name: counts[name] / len(samples) for name in ("right", "known", NEW)}
+    found["throughout"] = sum(map(len, ways.values())) / len(samples)
+    found["any"] = sum(map(bool, ways.values())) / len(ways)
+    found["ways"] = sum(len(set(own)) for own in ways.values()) / len(ways)
+    pairs = [
+        1 - sum(n * (n - 1) for n in Counter(own).values()) / (len(own) * (len(own) - 1))
+        for own in ways.values()
+        if len(own) > 1
+    ]
+    return found | {"differ": sum(pairs) / len(pairs) if pairs else float("nan")}
+
+
+def record(folders: list[Path], commit: str) -> dict[str, Any]:
+    """Setting → policy → column → a value for each seed."""
+    settings: dict[str, Any] = {}
+    for folder in folders:
+        for name, own in json.loads((folder / "compare.json").read_text())["settings"].items():
+            runs = [Run.read(folder / slug(name) / str(seed)) for seed in own["seeds"]]
+            settings[f"{folder.name}: {name}"] = {
+                policy: columns([read(run.samples(policy)) for run in runs]) for policy in runs[0].policies
+            }
+    command = f"benchmarks/chains.py {' '.join(folder.name for folder in folders)}"
+    return made_with(command, "torch") | {"commit": commit, "settings": rounded(settings)}
+
+
+def columns(found: list[dict[str, float]]) -> dict[str, list[float]]:
+    return {name: [one[name] for one in found] for name in COLUMNS}
+
+
+def table(settings: dict[str, Any]) -> str:
+    lines = ["| " + " | ".join(("setting", "policy", *COLUMNS)) + " |"]
+    for name, own in settings.items():
+        for policy, values in own.items():
+            cells = [number(spread(values[column]), 2 if column == "ways" else 3) for column in COLUMNS]
+            lines.append(f"| {name} | {policy} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def paired(one: dict[str, Any], other: dict[str, Any]) -> str:
+    lines = []
+    for policy in (policy for policy in one if policy in other):
+        changes = []
+        for column in COLUMNS:
+            both = zip(one[policy][column], other[policy][column], strict=True)
+            changes.append(f"{column} {number(spread([y - x for x, y in both]))}".replace("-", "−"))
+        lines.append(f"{policy}: " + "; ".join(changes))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("sources", type=Path, nargs="+", help="--out folders of comparisons, or one record")
+    arguments.add_argument("--commit", default="")
+    arguments.add_argument("--out", type=Path)
+    arguments.add_argument("--pair", nargs=2, action="append", default=[], metavar="SETTING")
+    given = arguments.parse_args()
+    first = given.sources[0]
+    found = json.loads(first.read_text()) if first.is_file() else record(given.sources, given.commit)
+    if given.out:
+        given.out.write_text(json.dumps(found) + "\n")
+    if not given.pair:
+        print(table(found["settings"]))
+    for one, other in given.pair:
+        print(f"{one} → {other}\n{paired(found['settings'][one], found['settings'][other])}")
+
+
+if __name__ == "__main__":
+    main()
