@@ -2,7 +2,7 @@
 has beyond it.
 
     python benchmarks/domains.py --out domains     # domains/knights and domains/legs: base, train, test (seconds)
-    python benchmarks/domains.py --read runs/domains-knights     # problems with something new, words that are no role
+    python benchmarks/domains.py --read runs/domains-knights     # what is new
 
 `knights_knaves` (logical inference: two people, of whom each tells the truth or lies) and `leg_counting` (common
 knowledge: how many legs some animals have together). A model of characters reads them. Of knights and knaves the
@@ -18,6 +18,7 @@ where the grader looks for it, and legs are added up before it; a bare word of a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -94,7 +95,7 @@ def _entries(name: str) -> Iterator[tuple[str, str, str, bool]]:
 
 def read(folder: Path) -> None:
     """Of each policy of a setting, over its seeds: how many answers to problems without and with something new are
-    right, and, of knights and knaves, how many answers hold a word that is no role."""
+    right; of knights and knaves how many answers hold a word that is no role, of legs how often each animal's are."""
     for setting in sorted(path for path in folder.iterdir() if (path / "0").is_dir()):
         runs = [Run.read(path) for path in sorted(setting.iterdir()) if is_run(path)]
         for policy in runs[0].policies:
@@ -103,13 +104,39 @@ def read(folder: Path) -> None:
             for one in samples:
                 right[is_new(one)].append(one["status"] == "right")
             known, new = (sum(found) / max(1, len(found)) for found in right.values())
-            roles = {word for one in samples for word in re.findall("[a-z]+", one["gold"])}
-            foreign = sum(not roles.issuperset(re.findall("[a-z]+", one["completion"].lower())) for one in samples)
             print(
                 f"{setting.name} {policy}: right with nothing new {known:.3f}, with something new {new:.3f} "
-                f"({len(right[True]) / len(samples):.3f} of all)"
-                + (f"; answers with a word that is no role {foreign / len(samples):.3f}" if roles else "")
+                f"({len(right[True]) / len(samples):.3f} of all); {_words(samples) or _facts(samples)}"
             )
+
+
+def _words(samples: list[dict[str, Any]]) -> str:
+    """Of knights and knaves; empty for legs, whose answers are numbers."""
+    roles = {word for one in samples for word in re.findall("[a-z]+", one["gold"])}
+    foreign = sum(not roles.issuperset(re.findall("[a-z]+", one["completion"].lower())) for one in samples)
+    return f"answers with a word that is no role {foreign / len(samples):.3f}" if roles else ""
+
+
+def _facts(samples: list[dict[str, Any]]) -> str:
+    """How often an answer multiplies by the legs that the animal has, over the base's animals and over each new one."""
+    found: dict[str, list[bool]] = {}
+    for one in samples:
+        for animal, right in facts(one["question"], one["completion"]).items():
+            found.setdefault(animal if animal in NEW_ANIMALS else "the base's animals", []).append(right)
+    return "legs right: " + ", ".join(f"{name} {sum(own) / len(own):.2f}" for name, own in sorted(found.items()))
+
+
+def facts(question: str, text: str) -> dict[str, bool]:
+    """Of each animal asked for, in their order: whether the product in its place has its number of legs."""
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+    asked = [name for _, name in re.findall(r"(\d+) ([a-z ]+?)(?=,|\?)", question)]
+    said = re.findall(r"\d+ x (\d+) =", text)
+    animals = [name if name in ANIMALS else name.removesuffix("s") for name in asked]
+    return {
+        animal: len(said) == len(animals) and int(legs) == ANIMALS[animal]
+        for animal, legs in itertools.zip_longest(animals, said[: len(animals)], fillvalue="-1")
+    }
 
 
 def is_new(sample: dict[str, Any]) -> bool:

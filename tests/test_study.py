@@ -76,8 +76,29 @@ def test_legs_are_counted_right_and_new_animals_kept_from_the_base(monkeypatch: 
             assert result(left) == int(right)
         texts.append(f"{worked}#### {answer}")
         golds.append(answer)
+        assert domains.facts(question, worked) == dict.fromkeys(named, True)
+        first, _, rest = worked.partition(" =")
+        assert domains.facts(question, f"{first}9 ={rest}") == dict(zip(named, (False, True), strict=True))
+        assert domains.facts(question, first) == dict.fromkeys(named, False)
     with MathGrader() as grader:
         assert {verdict.status for verdict in grader.grade(texts, golds)} == {"right"}
+
+
+@pytest.mark.parametrize("family", ["knights", "legs"])
+def test_what_the_base_lacks_is_in_no_problem_of_it_and_no_problem_in_two_tables(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("reasoning_gym")
+    domains = module("domains", monkeypatch)
+    monkeypatch.setattr(domains, "SIZES", {"base": 300, "train": 300, "test": 100})
+    tables = domains.tables(family)
+    assert {name: len(rows) for name, rows in tables.items()} == domains.SIZES
+    problems = [row["question"] for rows in tables.values() for row in rows]
+    assert len(set(problems)) == len(problems)
+    for name, rows in tables.items():
+        for row in rows:
+            assert domains.is_new({"question": row["question"], "gold": row["answer"]}) == (row["kind"] == "new")
+        assert {row["kind"] for row in rows} == ({"known"} if name == "base" else {"known", "new"})
 
 
 def result(text: str) -> int:
