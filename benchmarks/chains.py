@@ -4,11 +4,16 @@
     python benchmarks/chains.py benchmarks/results/chains-cpu2.json
     python benchmarks/chains.py benchmarks/results/chains-cpu2.json --pair "paths: paths=1 sft" "paths: paths=4 sft"
 
-An answer is right throughout if it begins with the question's own sum and each side of each `=` has the value of the
-others. For each policy and seed: `right`, the grader's verdict; `throughout`; `known` and `round`, the shares of all
-answers that are a form of the base's own, or the form it has never seen, to the last character; `any`, the problems
-with an answer right throughout; `ways`, how many different ones of these a problem has; `differ`, the probability that
-two of them differ. `--pair` compares two settings seed by seed (t intervals, not corrected for how many are asked).
+An answer is right throughout if it is a chain of equations that begins with the question's own sum, ends in a bare
+number and has the same value on each side of each `=`; a bare `23 + 45 = 68` is one. For each policy and seed, as
+shares of all answers: `right`, the grader's verdict; `throughout`; `known` and `new`, right throughout and written in a
+form of the base's own, or in `round`, which the base has never seen; `shape`, written in that form, right or not (of
+sums; a difference shows it not); `swapped`, the right solution in it but for its sign. As shares of the problems:
+`any`, with an answer right throughout. `ways`: how many different ones of these a problem has. `differ`: the
+probability that two of a problem's differ, over the problems that have two, which are others in each setting.
+
+`--commit` is the one that the cells ran at. `--pair` compares two settings seed by seed: t intervals for other seeds on
+the same problems, not corrected for how many are asked.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from heatbath.run import Run
 from heatbath.stages.grid import slug
 
 NEW = "round"
-COLUMNS = ("right", "throughout", "known", NEW, "any", "ways", "differ")
+COLUMNS = ("right", "throughout", "known", "new", "shape", "swapped", "any", "ways", "differ")
 
 
 def asked(question: str) -> Sum:
@@ -51,6 +56,12 @@ def form_of(problem: Sum, text: str) -> str | None:
     return next((form for form in (*known, NEW) if solve(problem, form) == text.strip()), None)
 
 
+def has_new_shape(problem: Sum, text: str) -> bool:
+    """Whether a sum goes over a number that is too large."""
+    head = re.escape(f"{problem.a} + {problem.b}")
+    return problem.operation == "+" and re.fullmatch(rf"{head} = \d+ - \d+ = \d+", text) is not None
+
+
 def read(samples: list[dict[str, Any]]) -> dict[str, float]:
     """`COLUMNS` of one policy of one run."""
     counts: Counter[str] = Counter()
@@ -60,10 +71,12 @@ def read(samples: list[dict[str, Any]]) -> dict[str, float]:
         own, form = ways[one["problem"]], form_of(problem, text)
         counts["right"] += one["status"] == "right"
         counts["known"] += form not in (NEW, None)
-        counts[NEW] += form == NEW
+        counts["new"] += form == NEW
+        counts["shape"] += has_new_shape(problem, text)
+        counts["swapped"] += text == solve(problem, NEW).replace(" - ", " + ")
         if holds(problem, text):
             own.append(text)
-    found = {name: counts[name] / len(samples) for name in ("right", "known", NEW)}
+    found = {name: counts[name] / len(samples) for name in ("right", "known", "new", "shape", "swapped")}
     found["throughout"] = sum(map(len, ways.values())) / len(samples)
     found["any"] = sum(map(bool, ways.values())) / len(ways)
     found["ways"] = sum(len(set(own)) for own in ways.values()) / len(ways)
@@ -83,7 +96,7 @@ def record(folders: list[Path], commit: str) -> dict[str, Any]:
             runs = [Run.read(folder / slug(name) / str(seed)) for seed in own["seeds"]]
             settings[f"{folder.name}: {name}"] = {
                 policy: columns([read(run.samples(policy)) for run in runs]) for policy in runs[0].policies
-            }
+            } | {"seeds": own["seeds"]}
     command = f"benchmarks/chains.py {' '.join(folder.name for folder in folders)}"
     return made_with(command, "torch") | {"commit": commit, "settings": rounded(settings)}
 
@@ -95,15 +108,18 @@ def columns(found: list[dict[str, float]]) -> dict[str, list[float]]:
 def table(settings: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(("setting", "policy", *COLUMNS)) + " |"]
     for name, own in settings.items():
-        for policy, values in own.items():
-            cells = [number(spread(values[column]), 2 if column == "ways" else 3) for column in COLUMNS]
+        for policy in (policy for policy in own if policy != "seeds"):
+            values = [spread(own[policy][column]) for column in COLUMNS]
+            cells = [number(value, 2 if name == "ways" else 3) for name, value in zip(COLUMNS, values, strict=True)]
             lines.append(f"| {name} | {policy} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines).replace("-0.", "−0.")
 
 
 def paired(one: dict[str, Any], other: dict[str, Any]) -> str:
+    if one["seeds"] != other["seeds"]:
+        raise SystemExit(f"the settings have other seeds: {one['seeds']} and {other['seeds']}")
     lines = []
-    for policy in (policy for policy in one if policy in other):
+    for policy in (policy for policy in one if policy in other and policy != "seeds"):
         changes = []
         for column in COLUMNS:
             both = zip(one[policy][column], other[policy][column], strict=True)

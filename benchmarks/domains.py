@@ -18,7 +18,6 @@ where the grader looks for it, and legs are added up before it; a bare word of a
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -93,50 +92,48 @@ def _entries(name: str) -> Iterator[tuple[str, str, str, bool]]:
         yield read(entry)
 
 
-def read(folder: Path) -> None:
-    """Of each policy of a setting, over its seeds: how many answers to problems without and with something new are
-    right; of knights and knaves how many answers hold a word that is no role, of legs how often each animal's are."""
+def read(folder: Path) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Setting → policy → what is counted → a value for each seed: how many answers to problems without and with
+    something new are right; of knights and knaves how many hold a word that is no role, of legs how often each animal's
+    are right, and how many answers to problems without a new animal have all legs right."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
     for setting in sorted(path for path in folder.iterdir() if (path / "0").is_dir()):
-        runs = [Run.read(path) for path in sorted(setting.iterdir()) if is_run(path)]
-        for policy in runs[0].policies:
-            samples = [one for run in runs for one in run.samples(policy)]
-            right: dict[bool, list[bool]] = {False: [], True: []}
-            for one in samples:
-                right[is_new(one)].append(one["status"] == "right")
-            known, new = (sum(found) / max(1, len(found)) for found in right.values())
-            print(
-                f"{setting.name} {policy}: right with nothing new {known:.3f}, with something new {new:.3f} "
-                f"({len(right[True]) / len(samples):.3f} of all); {_words(samples) or _facts(samples)}"
-            )
+        for run in (Run.read(path) for path in sorted(setting.iterdir()) if is_run(path)):
+            for policy in run.policies:
+                own = found.setdefault(setting.name, {}).setdefault(policy, {})
+                for name, value in counted(run.samples(policy)).items():
+                    own.setdefault(name, []).append(value)
+    return found
 
 
-def _words(samples: list[dict[str, Any]]) -> str:
-    """Of knights and knaves; empty for legs, whose answers are numbers."""
+def counted(samples: list[dict[str, Any]]) -> dict[str, float]:
+    """Of one policy of one run."""
+    seen: dict[str, list[bool]] = {}
     roles = {word for one in samples for word in re.findall("[a-z]+", one["gold"])}
-    foreign = sum(not roles.issuperset(re.findall("[a-z]+", one["completion"].lower())) for one in samples)
-    return f"answers with a word that is no role {foreign / len(samples):.3f}" if roles else ""
-
-
-def _facts(samples: list[dict[str, Any]]) -> str:
-    """How often an answer multiplies by the legs that the animal has, over the base's animals and over each new one."""
-    found: dict[str, list[bool]] = {}
     for one in samples:
-        for animal, right in facts(one["question"], one["completion"]).items():
-            found.setdefault(animal if animal in NEW_ANIMALS else "the base's animals", []).append(right)
-    return "legs right: " + ", ".join(f"{name} {sum(own) / len(own):.2f}" for name, own in sorted(found.items()))
+        seen.setdefault("right, new" if is_new(one) else "right, known", []).append(one["status"] == "right")
+        if roles:
+            words = re.findall("[a-z]+", one["completion"].lower())
+            seen.setdefault("a word that is no role", []).append(not roles.issuperset(words))
+            continue
+        known = facts(one["question"], one["completion"])
+        if not is_new(one):
+            seen.setdefault("all legs right, known", []).append(all(known.values()))
+        for animal, right in known.items():
+            seen.setdefault(f"legs of {animal if animal in NEW_ANIMALS else 'the others'}", []).append(right)
+    return {name: sum(values) / len(values) for name, values in sorted(seen.items())}
 
 
 def facts(question: str, text: str) -> dict[str, bool]:
-    """Of each animal asked for, in their order: whether the product in its place has its number of legs."""
+    """Of each animal asked for, in their order: whether the product in its place has its number of legs. None has where
+    there are more or fewer products than animals."""
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
     asked = [name for _, name in re.findall(r"(\d+) ([a-z ]+?)(?=,|\?)", question)]
-    said = re.findall(r"\d+ x (\d+) =", text)
     animals = [name if name in ANIMALS else name.removesuffix("s") for name in asked]
-    return {
-        animal: len(said) == len(animals) and int(legs) == ANIMALS[animal]
-        for animal, legs in itertools.zip_longest(animals, said[: len(animals)], fillvalue="-1")
-    }
+    said: list[str | None] = [*re.findall(r"\d+ x (\d+) =", text)]
+    legs = said if len(said) == len(animals) else [None] * len(animals)
+    return {animal: own == str(ANIMALS[animal]) for animal, own in zip(animals, legs, strict=True)}
 
 
 def is_new(sample: dict[str, Any]) -> bool:
@@ -149,9 +146,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("domains"))
     parser.add_argument("--read", type=Path, help="the folder of a study-domains")
+    parser.add_argument("--record", type=Path, help="where to keep what is read, seed by seed")
     options = parser.parse_args()
     if options.read:
-        return read(options.read)
+        found = read(options.read)
+        for setting, policies in found.items():
+            for policy, own in policies.items():
+                means = ", ".join(f"{name} {sum(values) / len(values):.3f}" for name, values in own.items())
+                print(f"{setting} {policy}: {means}")
+        if options.record:
+            options.record.write_text(json.dumps(found) + "\n")
+        return
     for name in FAMILIES:
         folder = options.out / name
         folder.mkdir(parents=True, exist_ok=True)

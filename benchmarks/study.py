@@ -7,7 +7,8 @@
 `--commit` is the one that the cells ran at; `--note` says what else the machine did. Beside what compare.json holds the
 record has `differ`: the probability that two right answers to a problem are written differently, which unlike
 distinct@k does not grow with pass@k. It is the mean over the problems with two right samples or more, for each seed.
-`--beside` compares the settings of two records seed by seed, without a correction for how many there are.
+`--beside` compares the settings of two records seed by seed: t intervals for other seeds on these problems, which are
+not corrected for how many there are. The differences of `--tables` are those of compare.json: for other problems, too.
 """
 
 from __future__ import annotations

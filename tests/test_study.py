@@ -14,7 +14,7 @@ import pytest
 import sympy
 from scipy import stats
 
-from heatbath.data.arithmetic import FORMS, OPERATIONS, problems, solve
+from heatbath.data.arithmetic import FORMS, OPERATIONS, Sum, problems, solve
 from heatbath.verify.math import MathGrader
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -125,13 +125,16 @@ def test_a_sum_is_right_throughout_where_each_of_its_equations_holds(monkeypatch
         assert not chains.holds(problem, f"{problem.answer}") and not chains.holds(problem, text + " + 0")
         assert chains.form_of(problem, text + "0") is None
     assert min(seen.values()) > 30
+    assert not chains.holds(Sum(23, 45, "+"), "24 + 44 = 60 + 8 = 68")
+    assert chains.form_of(Sum(40, 20, "-"), "40 - 20 = 20 + 0 = 20") == "columns", "the base's own before the new one"
 
 
 def test_ways_to_an_answer_are_counted_among_those_right_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
     chains = module("chains", monkeypatch)
     right, other, slip = "23 + 45 = 63 + 5 = 68", "23 + 45 = 60 + 8 = 68", "23 + 45 = 60 + 9 = 68"
-    new, wrong = "23 + 45 = 73 - 5 = 68", "23 + 45 = 63 + 5 = 69"
-    texts = {"a": [right, right, other, slip, new, wrong], "b": [slip, wrong, wrong, wrong, wrong, right]}
+    new, wrong = "23 + 45 = 73 - 5 = 68", "23 + 45 = 73 - 5 = 69"
+    swapped = "23 + 45 = 73 + 5 = 68"
+    texts = {"a": [right, right, other, slip, new, wrong], "b": [swapped, wrong, wrong, wrong, wrong, right]}
     samples = [
         {
             "problem": name,
@@ -143,5 +146,19 @@ def test_ways_to_an_answer_are_counted_among_those_right_throughout(monkeypatch:
         for text in own
     ]
     found = chains.read(samples)
-    assert [found[name] for name in ("right", "throughout", "known", "round")] == [7 / 12, 5 / 12, 4 / 12, 1 / 12]
+    assert [found[name] for name in ("right", "throughout", "known", "new")] == [7 / 12, 5 / 12, 4 / 12, 1 / 12]
+    assert [found["shape"], found["swapped"]] == [6 / 12, 1 / 12]
     assert [found[name] for name in ("any", "ways", "differ")] == [1.0, 2.0, 5 / 6]
+
+
+def test_settings_are_paired_by_seed_and_unlike_seeds_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    chains = module("chains", monkeypatch)
+    one, other = (
+        {"seeds": [0, 1, 2], "final": dict.fromkeys(chains.COLUMNS, values)}
+        for values in ([0.1, 0.2, 0.4], [0.3, 0.3, 0.7])
+    )
+    interval = stats.ttest_1samp([0.2, 0.1, 0.3], 0).confidence_interval()
+    wanted = f"right 0.200 [{interval.low:.3f}, {interval.high:.3f}];".replace("-", "−")
+    assert wanted in chains.paired(one, other) and "| x | final | 0.233 [" in chains.table({"x": one})
+    with pytest.raises(SystemExit, match="other seeds"):
+        chains.paired(one, other | {"seeds": [0, 1, 3]})

@@ -69,7 +69,8 @@ def join() -> None:
 @contextmanager
 def joined() -> Iterator[None]:
     """`join`, and its end: a thread of gloo's may hold objects of the interpreter when that ends, and the process is
-    then aborted with its work done. Not after an error on GPUs: NCCL's end may wait for processes that are gone."""
+    then aborted with its work done. Not after an error or an interruption on GPUs: NCCL's end may wait for
+    processes that are gone."""
     join()
     orderly = False
     try:

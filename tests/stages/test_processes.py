@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 import whole_stages
 from safetensors.torch import load_file
 
-from heatbath import cli, ranks
+from heatbath import cli, cli_stages, ranks
 from heatbath import recipe as recipes
 from heatbath.errors import RecipeError, RunError
 from heatbath.launch import Launch
@@ -343,20 +345,31 @@ def test_processes_part_before_they_end(ending: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": f"{port}",
-    }
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", program], env=shared | {"RANK": rank}, stdout=subprocess.PIPE, text=True
-        )
-        for rank in "01"
-    ]
-    assert [one.communicate(timeout=120)[0] for one in both] == ["[0, 1]\njoined False\n"] * 2
-    assert [one.returncode for one in both] == [3 if "Exit" in ending else int(bool(ending))] * 2
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    told = os.environ | meeting | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    line = [sys.executable, "-c", program]
+    both = [subprocess.Popen(line, env=told | {"RANK": rank}, stdout=subprocess.PIPE, text=True) for rank in "01"]
+    try:
+        assert [one.communicate(timeout=120)[0] for one in both] == ["[0, 1]\njoined False\n"] * 2
+        assert [one.returncode for one in both] == [3 if "Exit" in ending else int(bool(ending))] * 2
+    finally:
+        for one in both:
+            one.kill()
+
+
+def test_a_command_joins_and_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    @contextmanager
+    def joined() -> Iterator[None]:
+        done.append("joined")
+        yield
+        done.append("parted")
+
+    monkeypatch.setattr(ranks, "joined", joined)
+    monkeypatch.setattr(cli_stages, "_carry_out", lambda *asked: done.append("carried out"))
+    call(tmp_path, "sft smoke --out x")
+    assert done == ["joined", "carried out", "parted"]
 
 
 @pytest.mark.parametrize("fault", ["a process is killed", "the launcher is told to end", "told to end, fsdp2"])
