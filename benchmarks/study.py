@@ -6,7 +6,8 @@
 
 `--commit` is the one that the cells ran at; `--note` says what else the machine did. Beside what compare.json holds the
 record has `differ`: the probability that two right answers to a problem are written differently, which unlike
-distinct@k does not grow with pass@k. It is the mean over the problems with two right samples or more, for each seed.
+distinct@k does not grow with pass@k. It is the mean over the problems with two right samples or more, for each seed,
+and null where a seed has no such problem.
 `--beside` compares the settings of two records seed by seed: t intervals for other seeds on these problems, which are
 not corrected for how many there are. The differences of `--tables` are those of compare.json: for other problems, too.
 """
@@ -39,9 +40,9 @@ def record(folder: Path, commit: str, note: str) -> dict[str, Any]:
     return head | {key: rounded(found[key]) for key in KEPT} | {"differ": rounded(apart)}
 
 
-def differing(folder: Path, seeds: list[int]) -> dict[str, list[float]]:
+def differing(folder: Path, seeds: list[int]) -> dict[str, list[float | None]]:
     """Policy → of each seed, how often two right answers to one problem differ."""
-    found: dict[str, list[float]] = defaultdict(list)
+    found: dict[str, list[float | None]] = defaultdict(list)
     for seed in seeds:
         run = Run.read(folder / str(seed))
         for policy in run.policies:
@@ -54,7 +55,7 @@ def differing(folder: Path, seeds: list[int]) -> dict[str, list[float]]:
                 for own in written.values()
                 if len(own) > 1
             ]
-            found[policy].append(sum(pairs) / len(pairs) if pairs else float("nan"))
+            found[policy].append(sum(pairs) / len(pairs) if pairs else None)
     return found
 
 
@@ -99,7 +100,7 @@ def tables(found: dict[str, Any]) -> str:
         nll = own["validation"][-1][1] if own["validation"] else []
         row += [f"{sum(x) / len(x):.3f}" if (x := list(values)) else "–" for values in (ready, nll)]
         apart = [values for policy, values in found["differ"].get(name, {}).items() if policy != "base"]
-        row += [" → ".join(number(spread(values), 2) for values in apart)]
+        row += [" → ".join("–" if None in values else number(spread(values), 2) for values in apart)]
         row += [f"{sum(part['seconds'] for part in own['cost'].values()):.0f} s"]
         lines.append("| " + " | ".join(row) + " |")
     lines.append(
@@ -107,7 +108,8 @@ def tables(found: dict[str, Any]) -> str:
     )
     whole = found["differ"]
     for one, other in itertools.combinations((name for name in whole if "final" in whole[name]), 2):
-        if len(whole[one]["final"]) == len(whole[other]["final"]) > 1:
+        both = [*whole[one]["final"], *whole[other]["final"]]
+        if len(whole[one]["final"]) == len(whole[other]["final"]) > 1 and None not in both:
             change = spread([y - x for x, y in zip(whole[one]["final"], whole[other]["final"], strict=True)])
             lines.append(f"differ: {one} → {other}: {number(change)}")
     for one in found["differences"].get("test", []):

@@ -45,6 +45,8 @@ def test_how_often_two_right_answers_differ_is_a_count_of_pairs(monkeypatch: pyt
         shares += [sum(pairs) / len(pairs)] if pairs else []
     assert 0 < len(shares) < 20
     assert study.differing(Path("run"), [0])["final"] == [pytest.approx(np.mean(shares))]
+    samples = [{"problem": str(p), "status": "right", "completion": "a"} for p in range(3)]
+    assert study.differing(Path("run"), [0])["final"] == [None], "no problem has two right answers"
 
 
 def test_two_records_are_compared_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
