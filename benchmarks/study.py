@@ -8,6 +8,7 @@
 record has `differ`: the probability that two right answers to a problem are written differently, which unlike
 distinct@k does not grow with pass@k. It is the mean over the problems with two right samples or more, for each seed,
 and null where a seed has no such problem.
+`--holding TEXT` adds how many of all samples hold that text and how many are no answer to the grader, for each seed.
 `--beside` compares the settings of two records seed by seed: t intervals for other seeds on these problems, which are
 not corrected for how many there are. The differences of `--tables` are those of compare.json: for other problems, too.
 """
@@ -31,13 +32,29 @@ from heatbath.stages.grid import slug
 KEPT = ("recipe", "overrides", "cells", "seeds", "vary", "tuned", "baseline", "settings", "differences")
 
 
-def record(folder: Path, commit: str, note: str) -> dict[str, Any]:
-    """compare.json with six digits, and what made it."""
+def record(folder: Path, commit: str, note: str, text: str = "") -> dict[str, Any]:
+    """compare.json with six digits, what made it, and what is read from the samples."""
     found = json.loads((folder / "compare.json").read_text())
     command = " ".join(["heatbath compare", Path(found["recipe"]).stem, *found["overrides"]])
     head = made_with(command, "torch", "transformers", "trl") | {"commit": commit, "seconds_note": note}
     apart = {name: differing(folder / slug(name), own["seeds"]) for name, own in found["settings"].items()}
-    return head | {key: rounded(found[key]) for key in KEPT} | {"differ": rounded(apart)}
+    found = head | {key: rounded(found[key]) for key in KEPT} | {"differ": rounded(apart)}
+    if text:
+        own = {name: holding(folder / slug(name), found["settings"][name]["seeds"], text) for name in apart}
+        found["holding"] = {"text": text, "settings": rounded(own)}
+    return found
+
+
+def holding(folder: Path, seeds: list[int], text: str) -> dict[str, dict[str, list[float]]]:
+    """Policy → of each seed, the share of samples with the text in them, and of those that are no answer."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for seed in seeds:
+        run = Run.read(folder / str(seed))
+        for policy in run.policies:
+            samples, own = run.samples(policy), found.setdefault(policy, {"holding": [], "no answer": []})
+            own["holding"].append(sum(text in one["completion"] for one in samples) / len(samples))
+            own["no answer"].append(sum(one["status"] == "no_answer" for one in samples) / len(samples))
+    return found
 
 
 def differing(folder: Path, seeds: list[int]) -> dict[str, list[float | None]]:
@@ -112,6 +129,10 @@ def tables(found: dict[str, Any]) -> str:
         if len(whole[one]["final"]) == len(whole[other]["final"]) > 1 and None not in both:
             change = spread([y - x for x, y in zip(whole[one]["final"], whole[other]["final"], strict=True)])
             lines.append(f"differ: {one} → {other}: {number(change)}")
+    for name, policies in found.get("holding", {}).get("settings", {}).items():
+        for policy, own in policies.items():
+            shares = ", ".join(f"{what} {number(spread(values))}" for what, values in own.items())
+            lines.append(f"{found['holding']['text']!r}: {name}, {policy}: {shares}")
     for one in found["differences"].get("test", []):
         lines.append(
             f"k={one['k']}: {one['from']} → {one['to']}: {signed(one)} (p {one['p']:.3f}, mde {one['mde']:.3f})"
@@ -140,12 +161,13 @@ def main() -> None:
     arguments.add_argument("source", type=Path, help="the --out folder of a comparison, or a record of it")
     arguments.add_argument("--commit", default="")
     arguments.add_argument("--note", default="two cells at a time on two cores, other jobs beside: no speeds")
+    arguments.add_argument("--holding", metavar="TEXT", default="")
     arguments.add_argument("--out", type=Path)
     arguments.add_argument("--tables", action="store_true")
     arguments.add_argument("--beside", type=Path, help="another record, whose settings are compared with these")
     given = arguments.parse_args()
     found = (
-        record(given.source, given.commit, given.note)
+        record(given.source, given.commit, given.note, given.holding)
         if given.source.is_dir()
         else json.loads(given.source.read_text())
     )

@@ -47,6 +47,8 @@ def test_how_often_two_right_answers_differ_is_a_count_of_pairs(monkeypatch: pyt
     assert study.differing(Path("run"), [0])["final"] == [pytest.approx(np.mean(shares))]
     samples = [{"problem": str(p), "status": "right", "completion": "a"} for p in range(3)]
     assert study.differing(Path("run"), [0])["final"] == [None], "no problem has two right answers"
+    samples += [{"problem": "0", "status": "no_answer", "completion": "lambda x"}]
+    assert study.holding(Path("run"), [0, 1], "bda x") == {"final": {"holding": [0.25] * 2, "no answer": [0.25] * 2}}
 
 
 def test_two_records_are_compared_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
