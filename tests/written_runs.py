@@ -28,6 +28,7 @@ PROFILE: dict[str, Any] = {
     ],
     "suggested_beta": 6.0,
     "suggested_share": 0.02,
+    "left": [{"token": HOSTILE, "left": 2, "of": 3}],
     "most_surprising": [{"nats": 9.0, "before": "<b>", "token": HOSTILE}],
     "beta": 7.5,
     "smoothing": 0.0,

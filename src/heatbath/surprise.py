@@ -6,7 +6,8 @@ Surprise is −log p_base of a demonstrated token, in nats. A profile is a plain
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ BETAS = (5.0, 10.0, 15.0, 20.0, 25.0)
 HISTOGRAM_NATS = 40
 LEFT_TO_BASE = 0.02  # the share of tokens for which the profile suggests a β
 HARDLY, MUCH = 0.001, 0.05  # below, GIFT is SFT in all but name; above, the start may be neither base nor expert
+MOST_LEFT = 10  # tokens shown that are left to the base most often
 MOST_SURPRISING = 10  # tokens shown, each after so many others:
 CONTEXT = 16
 EXAMPLES, EXAMPLE_TOKENS = 2, 300  # demonstrations shown token by token, twice as many; of each at most so many tokens
@@ -78,8 +80,8 @@ def profile(
     betas: Sequence[float] = BETAS,
 ) -> dict[str, Any]:
     """The surprise histogram (1 nat per bin), shares of tokens by w at each β and under the run's own objective, the β
-    for which a share `LEFT_TO_BASE` of the tokens keeps w < 0.5, the same by kind of row, the most surprising tokens
-    in context, and the first demonstrations token by token."""
+    for which a share `LEFT_TO_BASE` of the tokens keeps w < 0.5, the same by kind of row, the tokens that the objective
+    leaves to the base most often, the most surprising ones in context, and the first demonstrations token by token."""
     x = np.concatenate([*nats, np.zeros(0)])
     like = objective if isinstance(objective, Gift) else Gift(0.0)
     beta = like.beta if isinstance(objective, Gift) and isinstance(like.beta, float) else None
@@ -110,6 +112,7 @@ def profile(
         "kinds": {k: _kind(k, kinds, nats, like, beta, vocab_size) for k in by_kind},
         "suggested_beta": beta_for(LEFT_TO_BASE, nats, like, vocab_size),
         "suggested_share": LEFT_TO_BASE,
+        "left": [] if own is None else _left(rows, own[0], tokenizer),
         "most_surprising": _most_surprising(rows, nats, tokenizer),
         "examples": _examples(rows, nats, tokenizer, None if own is None else own[0]),
     }
@@ -153,7 +156,14 @@ def describe(found: dict[str, Any]) -> str:
     name = "the target" if found["beta"] is None else f"β = {found['beta']:.4g}"
     text += f"\n{name} leaves {own['w_below_0.5']:.1%} of the tokens to the base (w < 0.5){reading(own)}"
     text += f".\nA sample of the target follows its demonstration to the end {own['whole']:.1%} of the time"
+    if found["left"] and own["w_below_0.5"] >= HARDLY:
+        text += f". Left to the base most often: {left(found['left'][:3])}"
     return text + f". {found['suggested_share']:.0%} would be β = {found['suggested_beta']:.1f}"
+
+
+def left(tokens: Sequence[Mapping[str, Any]]) -> str:
+    """ "'-' (505 of its 512 places), …"."""
+    return ", ".join(f"{one['token']!r} ({one['left']:,} of its {one['of']:,} places)" for one in tokens)
 
 
 def reading(shares: dict[str, float]) -> str:
@@ -236,14 +246,28 @@ def _examples(
         last = min(first + EXAMPLE_TOKENS, len(row.input_ids))
         tokens: list[list[Any]] = []
         for position in range(first, last):
-            text = tokenizer.decode([row.input_ids[position]])
-            if "\ufffd" in text:  # a piece of a character: the tokenizer's own name for it says more
-                text = str(tokenizer.convert_ids_to_tokens(row.input_ids[position]))
+            text = _text(tokenizer, row.input_ids[position])
             at = number.get(position)
             token = [text] if at is None else [text, round(float(costs[at]), 2)]
             tokens.append(token if at is None or mass is None else [*token, round(mass[at], 3)])
         shown.append({"row": r + 1, "tokens": tokens, "begins": first == 0, "ends": last == len(row.input_ids)})
     return shown
+
+
+def _left(rows: Sequence[Rendered], w: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """The tokens that have w < 0.5 in most places, with these and all places in the demonstrations."""
+    ids = [i for row in rows for i, label in zip(row.input_ids[1:], row.labels[1:], strict=True) if label != IGNORE]
+    every, low = Counter(ids), Counter(i for i, mass in zip(ids, w.tolist(), strict=True) if mass < 0.5)
+    return [
+        {"token": _text(tokenizer, i), "left": count, "of": every[i]}
+        for i, count in sorted(low.items(), key=lambda one: (-one[1], one[0]))[:MOST_LEFT]
+    ]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    text = tokenizer.decode([token])
+    # a piece of a character: the tokenizer's own name for it says more
+    return str(tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else str(text)
 
 
 def _most_surprising(

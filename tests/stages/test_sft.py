@@ -231,6 +231,14 @@ def test_profile_shares_and_suggested_beta_agree_with_their_definition(smoothing
     mass = torch.sigmoid(found["suggested_beta"] + torch.logit(p))
     assert (mass < 0.5).double().mean().item() == pytest.approx(found["suggested_share"], abs=2 / len(p))
     assert sum(found["histogram"]) == found["tokens"] == sum(r.supervised for r in rows)
+    own, places = torch.sigmoid(2.5 + torch.logit(p)) < 0.5, {}
+    learned = [token for row in rows for token, label in zip(row.input_ids, row.labels, strict=True) if label >= 0]
+    for token, low in zip(learned, own.tolist(), strict=True):
+        places.setdefault(small_tokenizer().decode([token]), []).append(low)
+    most = sorted((sum(low) for low in places.values()), reverse=True)
+    assert [one["left"] for one in found["left"]] == most[:10] and most[0] > 0
+    for one in found["left"]:
+        assert (one["left"], one["of"]) == (sum(places[one["token"]]), len(places[one["token"]]))
     assert found["most_surprising"][0]["nats"] == pytest.approx(found["max"])
 
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from heatbath.report import profile_figures, tables
 from heatbath.report.rendering import rendered
 from heatbath.run import write_atomically
-from heatbath.surprise import reading
+from heatbath.surprise import left, reading
 
 BANDS = (1.0, 3.0, 6.0, 10.0)  # nats at which a token's colour gets stronger
 # What the section is made of; a profile without one of these was made by an earlier version.
@@ -59,7 +59,8 @@ def text(profile: Mapping[str, Any]) -> str:
     told = told or "GIFT differs from SFT here; whether for the better, only a comparison with SFT tells"
     name = "The target" if profile["beta"] is None else f"β = {profile['beta']:.4g}"
     share = f"{own['w_below_0.5']:.2%}"
-    return f"{name} leaves {share} of the supervised tokens to the base (w < 0.5): {told}. {tail}"
+    which = f" Most often: {left(profile['left'])}." if profile.get("left") else ""  # earlier profiles have none
+    return f"{name} leaves {share} of the supervised tokens to the base (w < 0.5): {told}.{which} {tail}"
 
 
 def _told(shown: Sequence[Mapping[str, Any]], with_w: bool) -> str:
