@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from made_with import made_with
-from study import number, rounded, spread
+from study import apart, number, rounded, spread
 
 from heatbath.data.arithmetic import FORMS, Sum, solve
 from heatbath.run import Run
@@ -62,7 +62,7 @@ def has_new_shape(problem: Sum, text: str) -> bool:
     return problem.operation == "+" and re.fullmatch(rf"{head} = \d+ - \d+ = \d+", text) is not None
 
 
-def read(samples: list[dict[str, Any]]) -> dict[str, float]:
+def read(samples: list[dict[str, Any]]) -> dict[str, float | None]:
     """`COLUMNS` of one policy of one run."""
     counts: Counter[str] = Counter()
     ways: dict[str, list[str]] = defaultdict(list)
@@ -76,16 +76,13 @@ def read(samples: list[dict[str, Any]]) -> dict[str, float]:
         counts["swapped"] += text == solve(problem, NEW).replace(" - ", " + ")
         if holds(problem, text):
             own.append(text)
-    found = {name: counts[name] / len(samples) for name in ("right", "known", "new", "shape", "swapped")}
+    found: dict[str, float | None] = {
+        name: counts[name] / len(samples) for name in ("right", "known", "new", "shape", "swapped")
+    }
     found["throughout"] = sum(map(len, ways.values())) / len(samples)
     found["any"] = sum(map(bool, ways.values())) / len(ways)
     found["ways"] = sum(len(set(own)) for own in ways.values()) / len(ways)
-    pairs = [
-        1 - sum(n * (n - 1) for n in Counter(own).values()) / (len(own) * (len(own) - 1))
-        for own in ways.values()
-        if len(own) > 1
-    ]
-    return found | {"differ": sum(pairs) / len(pairs) if pairs else float("nan")}
+    return found | {"differ": apart(ways.values())}
 
 
 def record(folders: list[Path], commit: str) -> dict[str, Any]:
@@ -101,7 +98,7 @@ def record(folders: list[Path], commit: str) -> dict[str, Any]:
     return made_with(command, "torch") | {"commit": commit, "settings": rounded(settings)}
 
 
-def columns(found: list[dict[str, float]]) -> dict[str, list[float]]:
+def columns(found: list[dict[str, float | None]]) -> dict[str, list[float | None]]:
     return {name: [one[name] for one in found] for name in COLUMNS}
 
 
@@ -109,8 +106,10 @@ def table(settings: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(("setting", "policy", *COLUMNS)) + " |"]
     for name, own in settings.items():
         for policy in (policy for policy in own if policy != "seeds"):
-            values = [spread(own[policy][column]) for column in COLUMNS]
-            cells = [number(value, 2 if name == "ways" else 3) for name, value in zip(COLUMNS, values, strict=True)]
+            cells = [
+                "–" if None in own[policy][name] else number(spread(own[policy][name]), 2 if name == "ways" else 3)
+                for name in COLUMNS
+            ]
             lines.append(f"| {name} | {policy} | " + " | ".join(cells) + " |")
     return "\n".join(lines).replace("-0.", "−0.")
 
@@ -122,7 +121,9 @@ def paired(one: dict[str, Any], other: dict[str, Any]) -> str:
     for policy in (policy for policy in one if policy in other and policy != "seeds"):
         changes = []
         for column in COLUMNS:
-            both = zip(one[policy][column], other[policy][column], strict=True)
+            both = list(zip(one[policy][column], other[policy][column], strict=True))
+            if any(None in pair for pair in both):
+                continue
             changes.append(f"{column} {number(spread([y - x for x, y in both]))}".replace("-", "−"))
         lines.append(f"{policy}: " + "; ".join(changes))
     return "\n".join(lines)

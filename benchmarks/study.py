@@ -19,6 +19,7 @@ import argparse
 import itertools
 import json
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ def record(folder: Path, commit: str, note: str, text: str = "") -> dict[str, An
     found = json.loads((folder / "compare.json").read_text())
     command = " ".join(["heatbath compare", Path(found["recipe"]).stem, *found["overrides"]])
     head = made_with(command, "torch", "transformers", "trl") | {"commit": commit, "seconds_note": note}
-    apart = {name: differing(folder / slug(name), own["seeds"]) for name, own in found["settings"].items()}
-    found = head | {key: rounded(found[key]) for key in KEPT} | {"differ": rounded(apart)}
+    differ = {name: differing(folder / slug(name), own["seeds"]) for name, own in found["settings"].items()}
+    found = head | {key: rounded(found[key]) for key in KEPT} | {"differ": rounded(differ)}
     if text:
-        own = {name: holding(folder / slug(name), found["settings"][name]["seeds"], text) for name in apart}
+        own = {name: holding(folder / slug(name), found["settings"][name]["seeds"], text) for name in differ}
         found["holding"] = {"text": text, "settings": rounded(own)}
     return found
 
@@ -67,13 +68,18 @@ def differing(folder: Path, seeds: list[int]) -> dict[str, list[float | None]]:
             for one in run.samples(policy):
                 if one["status"] == "right":
                     written[one["problem"]].append(one["completion"].strip())
-            pairs = [
-                1 - sum(n * (n - 1) for n in Counter(own).values()) / (len(own) * (len(own) - 1))
-                for own in written.values()
-                if len(own) > 1
-            ]
-            found[policy].append(sum(pairs) / len(pairs) if pairs else None)
+            found[policy].append(apart(written.values()))
     return found
+
+
+def apart(answers: Iterable[list[str]]) -> float | None:
+    """How often two answers to one problem differ, over the problems with two or more; None where there are none."""
+    pairs = [
+        1 - sum(n * (n - 1) for n in Counter(own).values()) / (len(own) * (len(own) - 1))
+        for own in answers
+        if len(own) > 1
+    ]
+    return sum(pairs) / len(pairs) if pairs else None
 
 
 def rounded(value: Any) -> Any:
@@ -116,8 +122,8 @@ def tables(found: dict[str, Any]) -> str:
         ready = [value for value in own["readiness"] if value is not None]
         nll = own["validation"][-1][1] if own["validation"] else []
         row += [f"{sum(x) / len(x):.3f}" if (x := list(values)) else "–" for values in (ready, nll)]
-        apart = [values for policy, values in found["differ"].get(name, {}).items() if policy != "base"]
-        row += [" → ".join("–" if None in values else number(spread(values), 2) for values in apart)]
+        differ = [values for policy, values in found["differ"].get(name, {}).items() if policy != "base"]
+        row += [" → ".join("–" if None in values else number(spread(values), 2) for values in differ)]
         row += [f"{sum(part['seconds'] for part in own['cost'].values()):.0f} s"]
         lines.append("| " + " | ".join(row) + " |")
     lines.append(

@@ -162,7 +162,7 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def left(tokens: Sequence[Mapping[str, Any]]) -> str:
-    """ "'-' (505 of its 512 places), …"."""
+    """The tokens in a line: '-' (505 of its 512 places), …"""
     return ", ".join(f"{one['token']!r} ({one['left']:,} of its {one['of']:,} places)" for one in tokens)
 
 
