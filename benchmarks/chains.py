@@ -8,9 +8,9 @@ An answer is right throughout if it is a chain of equations that begins with the
 number and has the same value on each side of each `=`; a bare `23 + 45 = 68` is one. For each policy and seed, as
 shares of all answers: `right`, the grader's verdict; `throughout`; `known` and `new`, right throughout and written in a
 form of the base's own, or in `round`, which the base has never seen; `shape`, written in that form, right or not (of
-sums; a difference shows it not); `swapped`, the right solution in it but for its sign. As shares of the problems:
-`any`, with an answer right throughout. `ways`: how many different ones of these a problem has. `differ`: the
-probability that two of a problem's differ, over the problems that have two, which are others in each setting.
+sums; a difference shows it not); `swapped`, the right solution in it but for its sign, so that a step is false. As
+shares of the problems: `any`, with an answer right throughout. `ways`: how many different ones of these a problem has.
+`differ`: the probability that two of a problem's differ, over the problems that have two, others in each setting.
 
 `--commit` is the one that the cells ran at. `--pair` compares two settings seed by seed: t intervals for other seeds on
 the same problems, not corrected for how many are asked.
@@ -73,9 +73,10 @@ def read(samples: list[dict[str, Any]]) -> dict[str, float | None]:
         counts["known"] += form not in (NEW, None)
         counts["new"] += form == NEW
         counts["shape"] += has_new_shape(problem, text)
-        counts["swapped"] += text == solve(problem, NEW).replace(" - ", " + ")
         if holds(problem, text):
             own.append(text)
+        else:
+            counts["swapped"] += text == solve(problem, NEW).replace(" - ", " + ")
     found: dict[str, float | None] = {
         name: counts[name] / len(samples) for name in ("right", "known", "new", "shape", "swapped")
     }

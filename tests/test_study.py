@@ -138,6 +138,10 @@ def test_ways_to_an_answer_are_counted_among_those_right_throughout(monkeypatch:
     right, other, slip = "23 + 45 = 63 + 5 = 68", "23 + 45 = 60 + 8 = 68", "23 + 45 = 60 + 9 = 68"
     new, wrong = "23 + 45 = 73 - 5 = 68", "23 + 45 = 73 - 5 = 69"
     swapped = "23 + 45 = 73 + 5 = 68"
+    zero = chains.read(
+        [{"problem": "c", "question": "What is 23 + 40?", "completion": "23 + 40 = 63 + 0 = 63", "status": "right"}]
+    )
+    assert (zero["swapped"], zero["throughout"]) == (0, 1), "nothing is false there"
     texts = {"a": [right, right, other, slip, new, wrong], "b": [swapped, wrong, wrong, wrong, wrong, right]}
     samples = [
         {

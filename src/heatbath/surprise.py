@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 BETAS = (5.0, 10.0, 15.0, 20.0, 25.0)
 HISTOGRAM_NATS = 40
 LEFT_TO_BASE = 0.02  # the share of tokens for which the profile suggests a β
-HARDLY, MUCH = 0.001, 0.05  # below, GIFT is SFT in all but name; above, the start may be neither base nor expert
-MOST_LEFT = 10  # tokens shown that are left to the base most often
+HARDLY, MUCH = 0.001, 0.05  # of the tokens; above the second the start may be neither base nor expert
+WHOLE = 0.99  # of the demonstrations: below the first and above this GIFT is SFT in all but name
+MOST_LEFT = 10  # tokens listed that are left to the base
 MOST_SURPRISING = 10  # tokens shown, each after so many others:
 CONTEXT = 16
 EXAMPLES, EXAMPLE_TOKENS = 2, 300  # demonstrations shown token by token, twice as many; of each at most so many tokens
@@ -81,7 +82,8 @@ def profile(
 ) -> dict[str, Any]:
     """The surprise histogram (1 nat per bin), shares of tokens by w at each β and under the run's own objective, the β
     for which a share `LEFT_TO_BASE` of the tokens keeps w < 0.5, the same by kind of row, the tokens that the objective
-    leaves to the base most often, the most surprising ones in context, and the first demonstrations token by token."""
+    leaves to the base (a schedule at its smallest β), the most surprising ones in context, and the first demonstrations
+    token by token."""
     x = np.concatenate([*nats, np.zeros(0)])
     like = objective if isinstance(objective, Gift) else Gift(0.0)
     beta = like.beta if isinstance(objective, Gift) and isinstance(like.beta, float) else None
@@ -156,19 +158,21 @@ def describe(found: dict[str, Any]) -> str:
     name = "the target" if found["beta"] is None else f"β = {found['beta']:.4g}"
     text += f"\n{name} leaves {own['w_below_0.5']:.1%} of the tokens to the base (w < 0.5){reading(own)}"
     text += f".\nA sample of the target follows its demonstration to the end {own['whole']:.1%} of the time"
-    if found["left"] and own["w_below_0.5"] >= HARDLY:
-        text += f". Left to the base most often: {left(found['left'][:3])}"
-    return text + f". {found['suggested_share']:.0%} would be β = {found['suggested_beta']:.1f}"
+    return text + f". {left(found)}{found['suggested_share']:.0%} would be β = {found['suggested_beta']:.1f}"
 
 
-def left(tokens: Sequence[Mapping[str, Any]]) -> str:
-    """The tokens in a line: '-' (505 of its 512 places), …"""
-    return ", ".join(f"{one['token']!r} ({one['left']:,} of its {one['of']:,} places)" for one in tokens)
+def left(found: Mapping[str, Any]) -> str:
+    """Which tokens the target leaves to the base, as a sentence; empty where it leaves hardly any."""
+    own, most = found["objective"], found.get("left", [])[:3]  # a profile of an earlier version has none
+    if not most or own["w_below_0.5"] < HARDLY:
+        return ""
+    told = ", ".join(f"{one['token']!r} ({one['left']:,} of its {one['of']:,} places)" for one in most)
+    return f"Left to the base above all: {told}. "
 
 
-def reading(shares: dict[str, float]) -> str:
+def reading(shares: Mapping[str, float]) -> str:
     """What the share of tokens left to the base means for the start, as the tail of a sentence."""
-    if shares["w_below_0.5"] < HARDLY:
+    if shares["w_below_0.5"] < HARDLY and shares.get("whole", 1.0) > WHOLE:  # earlier profiles have no `whole`
         return "; GIFT can hardly differ from SFT on this data"
     if shares["w_below_0.5"] > MUCH:
         return f"; above about {MUCH:.0%} the start may be neither base nor expert"
@@ -255,12 +259,20 @@ def _examples(
 
 
 def _left(rows: Sequence[Rendered], w: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """The tokens that have w < 0.5 in most places, with these and all places in the demonstrations."""
+    """The tokens with w < 0.5, each with the number of these and of all its places in the demonstrations: first those
+    with most, weighed by their share of the places, so that what is left everywhere comes before what is frequent."""
     ids = [i for row in rows for i, label in zip(row.input_ids[1:], row.labels[1:], strict=True) if label != IGNORE]
     every, low = Counter(ids), Counter(i for i, mass in zip(ids, w.tolist(), strict=True) if mass < 0.5)
+    most = sorted(low, key=lambda i: (-low[i] * low[i] / every[i], i))[:MOST_LEFT]
+    texts = {i: _text(tokenizer, i) for i in most}
+    alike = Counter(texts.values())
     return [
-        {"token": _text(tokenizer, i), "left": count, "of": every[i]}
-        for i, count in sorted(low.items(), key=lambda one: (-one[1], one[0]))[:MOST_LEFT]
+        {
+            "token": texts[i] if alike[texts[i]] == 1 else str(tokenizer.convert_ids_to_tokens(i)),
+            "left": low[i],
+            "of": every[i],
+        }
+        for i in most
     ]
 
 

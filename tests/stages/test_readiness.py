@@ -201,16 +201,17 @@ def test_no_signal_is_said_with_its_number(tmp_path: Path, grader: Judge, says: 
     assert found["informative_share"]["mean"] == 0.0
     assert re.search(says, found["warnings"][0])
     assert "warm start" not in warnings({**found, "truncated_share": {"mean": 0.0}}, warm=True)[0]
-    assert "their form" not in found["warnings"][0]
+    fewer = {"truncated_share": {"mean": 0.0}, "verdicts": {"no_answer": 39, "wrong": 41}}
+    assert "their form" not in warnings({**found, **fewer}, warm=True)[0]
 
 
 def test_answers_that_the_grader_cannot_read_are_not_called_hard_prompts(tmp_path: Path) -> None:
-    """Study-code's start at 2 %: 127 of 128 programs were none, and RL had them right within 24 steps."""
+    """GIFT's starts of study-code wrote a program in 0 to 2 of 128 answers; RL had 0.70 of them right in 24 steps."""
     _, found = measured(tmp_path / "run", recipe(readiness=20), Judge(lambda text: "no_answer"))
     whole = found | {"truncated_share": {"mean": 0.0}}
-    for warm, remedy in ((True, "a longer [sft], or a larger β"), (False, "a warm start ([sft]) on")):
+    for warm, remedy in ((True, "a larger β where it is GIFT's"), (False, "a warm start ([sft]) on")):
         said = warnings(whole, warm=warm)[0]
-        assert "no answer in 80 of 80 completions, so it is their form: " + remedy in said and "too hard" not in said
+        assert "no answer in 80 of 80 completions; if it is their form: " + remedy in said and "too hard" not in said
     assert "too hard" in warnings(whole | {"verdicts": {"no_answer": 40, "wrong": 40}}, warm=True)[0]
     cut = warnings(whole | {"truncated_share": {"mean": 0.9}}, warm=True)
     assert "too hard" in cut[0] and "raise rl.max_new_tokens" in cut[1]

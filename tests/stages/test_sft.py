@@ -235,8 +235,8 @@ def test_profile_shares_and_suggested_beta_agree_with_their_definition(smoothing
     learned = [token for row in rows for token, label in zip(row.input_ids, row.labels, strict=True) if label >= 0]
     for token, low in zip(learned, own.tolist(), strict=True):
         places.setdefault(small_tokenizer().decode([token]), []).append(low)
-    most = sorted((sum(low) for low in places.values()), reverse=True)
-    assert [one["left"] for one in found["left"]] == most[:10] and most[0] > 0
+    most = sorted((sum(low) ** 2 / len(low) for low in places.values()), reverse=True)
+    assert [one["left"] ** 2 / one["of"] for one in found["left"]] == pytest.approx(most[:10]) and most[0] > 0
     for one in found["left"]:
         assert (one["left"], one["of"]) == (sum(places[one["token"]]), len(places[one["token"]]))
     assert found["most_surprising"][0]["nats"] == pytest.approx(found["max"])

@@ -59,8 +59,7 @@ def text(profile: Mapping[str, Any]) -> str:
     told = told or "GIFT differs from SFT here; whether for the better, only a comparison with SFT tells"
     name = "The target" if profile["beta"] is None else f"β = {profile['beta']:.4g}"
     share = f"{own['w_below_0.5']:.2%}"
-    which = f" Most often: {left(profile['left'])}." if profile.get("left") else ""  # earlier profiles have none
-    return f"{name} leaves {share} of the supervised tokens to the base (w < 0.5): {told}.{which} {tail}"
+    return f"{name} leaves {share} of the supervised tokens to the base (w < 0.5): {told}. {left(profile)}{tail}"
 
 
 def _told(shown: Sequence[Mapping[str, Any]], with_w: bool) -> str:

@@ -231,8 +231,10 @@ def warnings(found: dict[str, Any], *, warm: bool) -> list[str]:
             remedy = f"the prompts are too hard: {better}, easier prompts, or a larger rl.group_size"
             unread = found["verdicts"].get("no_answer", 0)
             if unread > prompts * G / 2 and found["truncated_share"]["mean"] <= MOST_TRUNCATED:
-                form = "a longer [sft], or a larger β where it is GIFT's (`whole` in heatbath surprise)"
-                remedy = f"the grader finds no answer in {unread} of {prompts * G} completions, so it is their form: "
+                form = "a larger β where it is GIFT's (`whole` in heatbath surprise), or a longer [sft]"
+                remedy = (
+                    f"the grader can read no answer in {unread} of {prompts * G} completions; if it is their form: "
+                )
                 remedy += form if warm else "a warm start ([sft]) on demonstrations that the grader reads"
         said.append(
             f"{round(share['mean'] * prompts)} of {prompts} prompts had two different verdicts among {G} (informative "
