@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from heatbath import recipe as recipes
 from mistakes import call
 
 ROOT = Path(__file__).parents[1]
@@ -85,3 +86,21 @@ def test_python_blocks_of_your_own_objective_run(tmp_path: Path) -> None:
 def test_links_and_images_exist(page: Path) -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "results").glob("*.md")), ids=lambda page: page.stem)
+def test_commands_and_records_of_the_results_are_there(page: Path) -> None:
+    """Recipes and overrides are read as a command would, files that a page names exist, no figure was left open."""
+    text = page.read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
+    for line in blocks.replace("\\\n", "").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["heatbath"] and words[1] in ("compare", "run", "sft", "surprise"):
+            first = [i for i, word in enumerate(words) if word.startswith("--")]
+            varied = [words[i + 1].split(",")[0] for i in first if words[i] == "--vary"]
+            recipes.load(words[2], [*words[3 : min(first, default=len(words))], *varied])
+        elif words[:1] == ["python"]:
+            assert (ROOT / words[1]).is_file(), line
+    for name in re.findall(r"[\w-]+-cpu2\.(?:jsonl?|txt)", text):
+        assert (ROOT / "benchmarks" / "results" / name).is_file(), name
+    assert not re.search(r"@\w+@", text)
