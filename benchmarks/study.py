@@ -9,8 +9,9 @@ record has `differ`: the probability that two right answers to a problem are wri
 distinct@k does not grow with pass@k. It is the mean over the problems with two right samples or more, for each seed,
 and null where a seed has no such problem.
 `--holding TEXT` adds how many of all samples hold that text and how many are no answer to the grader, for each seed.
-`--beside` compares the settings of two records seed by seed: t intervals for other seeds on these problems, which are
-not corrected for how many there are. The differences of `--tables` are those of compare.json: for other problems, too.
+"Against the base" and `--beside`, which compares the settings of two records, go seed by seed: t intervals for other
+seeds on these problems, which are not corrected for how many there are. The other differences of `--tables` are those
+of compare.json: for other problems, too.
 """
 
 from __future__ import annotations
@@ -129,6 +130,7 @@ def tables(found: dict[str, Any]) -> str:
     lines.append(
         "columns: pass@1, pass@most, distinct@most of base, init, final; informative groups; last NLL; differ; seconds"
     )
+    lines += [line for name, own in found["settings"].items() for line in against_base(name, own)]
     whole = found["differ"]
     for one, other in itertools.combinations((name for name in whole if "final" in whole[name]), 2):
         both = [*whole[one]["final"], *whole[other]["final"]]
@@ -144,6 +146,17 @@ def tables(found: dict[str, Any]) -> str:
             f"k={one['k']}: {one['from']} → {one['to']}: {signed(one)} (p {one['p']:.3f}, mde {one['mde']:.3f})"
         )
     return "\n".join(lines)
+
+
+def against_base(name: str, own: dict[str, Any]) -> list[str]:
+    """What a setting has gained on the base at k = 1 and the largest k, before RL and after it, seed by seed."""
+    test = own["tasks"].get("test", {})
+    changes = []
+    for policy in (policy for policy in ("init", "final") if policy in test and "base" in test):
+        for k in (min(test["base"], key=int), max(test["base"], key=int)):
+            both = zip(test["base"][k]["seeds"], test[policy][k]["seeds"], strict=True)
+            changes.append(f"{policy} pass@{k} {number(spread([y - x for x, y in both])).replace('-', '−')}")
+    return [f"against the base: {name}: " + "; ".join(changes)] if changes else []
 
 
 def beside(found: dict[str, Any], other: dict[str, Any]) -> str:
