@@ -63,6 +63,13 @@ def test_two_records_are_compared_seed_by_seed(monkeypatch: pytest.MonkeyPatch) 
     line = next(x for x in study.beside(noise, paths).splitlines() if x.startswith("paths=1 sft → sft label_noise=0.3"))
     assert wanted in line
 
+    test = paths["settings"]["paths=1 sft"]["tasks"]["test"]
+    after, before = (test[policy]["8"]["seeds"] for policy in ("final", "base"))
+    low, high = stats.ttest_rel(after, before).confidence_interval()
+    wanted = f"final pass@8 {np.mean(after) - np.mean(before):.3f} [{low:.3f}, {high:.3f}]".replace("-", "−")
+    line = next(x for x in study.tables(paths).splitlines() if x.startswith("against the base: paths=1 sft:"))
+    assert line.endswith(wanted)
+
 
 def test_legs_are_counted_right_and_new_animals_kept_from_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
     animals = pytest.importorskip("reasoning_gym.arithmetic.leg_counting").ANIMALS
