@@ -29,6 +29,10 @@ GROUNDED: dict[str, tuple[tuple[str, str], ...]] = {
     "demo": (_TINY,),
     "base-knights": (("demos = 6400", "demos = 8"), ("test = 200", "test = 4")),
     "base-legs": (("demos = 12000", "demos = 8"), ("test = 200", "test = 4")),
+    "study-adaptive": (("demos = 512", "demos = 8"), ("prompts = 1024", "prompts = 32")),
+    "study-code": (_TINY,),
+    "study-adaptive-base": (_TINY,),
+    "study-adaptive-legs": (_TINY,),
     "study-domains": (
         _TINY,
         ("demos = 512", "demos = 8"),
@@ -96,10 +100,18 @@ def beside() -> dict[str, bytes]:
     ]
     asked = [{"question": q, "solution": f"#### {s}", "answer": str(s), "kind": "known"} for q, s in sums]
     domains = {"base": asked[:10], "train": asked[10:36], "test": asked[36:]}
+    shares = dict.fromkeys(("solved", "allowed_expert", "allowed_keep", "value_expert", "value_keep"), 0.5)
+    graded = {"demos": asked[:40], "prompts": asked[8:40], "validation": asked[40:41], "test": asked[41:]}
     return {
         **{
             f"domains/{name}/{table}.jsonl": mutated_tables.as_jsonl(rows)
             for name, (table, rows) in itertools.product(("legs", "knights"), domains.items())
+        },
+        **{
+            f"runs/{folder}/{table}.jsonl": mutated_tables.as_jsonl([row | shares for row in rows])
+            for folder, (table, rows) in itertools.product(
+                ("solved", "solved-base-1", "solved-legs", "graded-data"), graded.items()
+            )
         },
         "gsm8k/train.jsonl": mutated_tables.as_jsonl(gsm[:30]),
         "gsm8k/test.jsonl": mutated_tables.as_jsonl(gsm[30:]),

@@ -432,7 +432,7 @@ def cases(count: int, seed: int) -> list[Case]:
     r = random.Random(seed)
     kinds: list[Mutation] = [*MUTATIONS, *mutated_overrides.MUTATIONS, *mutated_beside.MUTATIONS]
     made: list[Case] = []
-    files = {f"{other}.toml": text_of(other).encode() for other in ("study-initialisation", "demo")}
+    files = {f"{other}.toml": text_of(other).encode() for other in ("study-initialisation", "study-adaptive", "demo")}
     for turn in itertools.count():
         if len(made) >= count:
             return made

@@ -62,7 +62,7 @@ def test_mutated_data_files(number: int, tmp_path: Path) -> None:
         checked(case, tmp_path / str(each))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_unmutated_inputs_are_taken(tmp_path: Path) -> None:
     for number, case in enumerate([*mutated_recipes.unmutated(), *mutated_data.unmutated()]):
         (tmp_path / str(number)).mkdir()
